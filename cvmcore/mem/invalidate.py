@@ -1,0 +1,270 @@
+"""Invalidation (kernel: mmu_invalidate_begin/end, kvm_vm_set_mem_attributes, kvm_gmem_punch_hole, the hva notifier).
+
+Every trigger is the same frame: under mmu_lock for write, raise in_progress and note the range, zap, flush; then do
+the work that made it necessary; then, under mmu_lock again, bump seq and lower in_progress. A fault that looked up its
+page before or meanwhile sees one or the other and retries.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, TypeAlias
+
+from cvmcore.effects import INVALIDATE_END, INVALIDATE_START, INVALIDATE_STORE, INVALIDATE_ZAP, Steps
+from cvmcore.errors import UapiError
+from cvmcore.mem.tdp import Root, Stop
+from cvmcore.types import PG_LEVEL_1G, PG_LEVEL_2M, Fatal, Filter, order_of, pages_per_level
+
+if TYPE_CHECKING:
+    from cvmcore.mem.gmem import GmemFile, GmemInode
+    from cvmcore.mem.slots import Memslot
+    from cvmcore.vm import Vm
+
+Range: TypeAlias = "tuple[Memslot, int, int]"
+"""A memslot with the gfns [start, end) of it that are meant."""
+
+
+class Frame:
+    """The nesting count, range and sequence of one VM's invalidations (mmu_invalidate_*)."""
+
+    def __init__(self) -> None:
+        self.seq = 0
+        self.in_progress = 0
+        self.opened = 0
+        """Invalidations that ever began: seq counts those that ended."""
+        self.start = 0
+        self.end = 0
+
+    def add(self, start: int, end: int) -> None:
+        """One more invalidation, of gfns [start, end): the first one sets the range, nested ones widen it."""
+        if self.in_progress:
+            start, end = min(self.start, start), max(self.end, end)
+        self.start, self.end = start, end
+        self.opened += 1
+        self.in_progress += 1
+
+    def drop(self) -> None:
+        """The invalidation is over: seq first, then in_progress."""
+        self.seq += 1
+        self.in_progress -= 1
+
+
+def begin(vm: Vm, ranges: list[Range], kinds: Filter, *, blocks: tuple[int, int] | None = None) -> Steps[int]:
+    """Open a frame: zap the leaves of these kinds that overlap the ranges, flush. Returns 4K pages zapped.
+
+    blocks: the gfns [start, end) that the frame keeps from being mapped, where they are more than the ranges.
+    Where zapping would destroy the content of neighbours (`zap_destroys_content`, external roots), huge leaves that
+    cross an edge of a range are split first; where that fails, the frame is closed again and UapiError raised, nothing
+    zapped.
+    """
+    low, high = min(r[1] for r in ranges), max(r[2] for r in ranges)
+    roots = vm.tdp.roots(kinds, invalid=True)
+    if vm.caps.zap_destroys_content:
+        vm.topup_spare_tables(sum(splits(root, r[1], r[2]) for root in roots if root.mirror for r in ranges))
+    yield vm.mmu_lock.write
+    vm.frame.add(*(blocks or (low, high)))
+    yield INVALIDATE_START
+    roots = vm.tdp.roots(kinds, invalid=True)
+    for root in roots:
+        if vm.caps.zap_destroys_content and root.external:
+            for _, start, end in ranges:
+                stop = yield from split_edges(vm, root, start, end)
+                if stop is not None:
+                    vm.frame.drop()
+                    yield vm.mmu_lock.release
+                    vm.free_spare_tables()
+                    error = stop.reason.errno if isinstance(stop.reason, Fatal) else errno.EAGAIN
+                    raise UapiError(error, "split", "a huge page at the edge of the range could not be split")
+    zapped = 0
+    flush = low, high
+    for root in roots:
+        flush = root.widened(*flush)
+        for slot, start, end in ranges:
+            zapped += yield from vm.tdp.zap_leaves(root, slot, start, end)
+    yield INVALIDATE_ZAP
+    if zapped:
+        yield from vm.flush_tlbs(*flush)
+    if vm.host.ops.observed:
+        vm.host.ops.emit("invalidate", kinds.name or "BOTH", vm=vm.id, n=zapped, gfns=slice(low, high, 1))
+    yield vm.mmu_lock.release
+    vm.free_spare_tables()
+    return zapped
+
+
+def end(vm: Vm) -> Steps[None]:
+    """Close a frame."""
+    yield vm.mmu_lock.write
+    yield INVALIDATE_END
+    vm.frame.drop()
+    yield vm.mmu_lock.release
+
+
+def invalidate(vm: Vm, ranges: list[Range], kinds: Filter, work: Steps[None] | None = None) -> Steps[int]:
+    """A whole frame around `work`. Without a range no frame is opened, seq does not move, and `work` runs all the
+    same. Returns 4K pages zapped."""
+    zapped = 0
+    if ranges:
+        zapped = yield from begin(vm, ranges, kinds)
+    if work is not None:
+        yield from work
+    if ranges:
+        yield from end(vm)
+    return zapped
+
+
+def splits(root: Root, start: int, end_gfn: int) -> int:
+    """How many splits `split_edges` would make as things stand: so many table pages it will need."""
+    return len({
+        (level, edge >> order_of(level))
+        for edge in (start, end_gfn)
+        for level in range(PG_LEVEL_2M, root.level_at(edge) + 1)
+        if edge & (pages_per_level(level) - 1)
+    })
+
+
+def split_edges(vm: Vm, root: Root, start: int, end_gfn: int) -> Steps[Stop | None]:
+    """Split the huge leaves that straddle the edges of [start, end): at most two blocks per level, larger first."""
+    for level in (PG_LEVEL_1G, PG_LEVEL_2M):
+        size = pages_per_level(level)
+        for edge in (start, end_gfn):
+            if edge & (size - 1) and root.level_at(edge) == level:
+                stop: Stop | None = yield from vm.tdp.split(root, edge & ~(size - 1), level)
+                if stop is not None:
+                    return stop
+    return None
+
+
+# ---- attributes -----------------------------------------------------------------------------------------------
+
+
+def set_attributes(vm: Vm, start: int, end_gfn: int, value: int, private_bit: int) -> Steps[int]:
+    """kvm_vm_set_mem_attributes, slots_lock held: all or nothing, and nothing at all where nothing changes.
+
+    To private zaps what may no longer be used shared; to shared zaps private mappings. Returns 4K pages zapped.
+    Raises UapiError(ENOMEM) where the array cannot grow, or the error of a failed split; nothing is changed then.
+    """
+    attributes = vm.attributes
+    if attributes.uniform(start, end_gfn, value):
+        return 0
+    try:
+        attributes.cover(end_gfn)
+    except MemoryError:
+        raise UapiError(errno.ENOMEM, "KVM_SET_MEMORY_ATTRIBUTES", "no memory for the attributes") from None
+    kinds = Filter.SHARED if value & private_bit else Filter.PRIVATE
+    slots = vm.slots.overlapping(start, end_gfn)
+    ranges: list[Range] = [(slot, max(start, slot.base_gfn), min(end_gfn, slot.end_gfn)) for slot in slots]
+    zapped = 0
+    if ranges:
+        # Head and tail blocks are about to become mixed: nobody may map them large meanwhile.
+        edges = [attributes.with_edges(*part) for part in ranges]
+        zapped = yield from begin(vm, ranges, kinds, blocks=(min(e[0] for e in edges), max(e[1] for e in edges)))
+    attributes.store(start, end_gfn, value)
+    vm.host.meter.charge("attributes_4k", end_gfn - start)
+    yield INVALIDATE_STORE
+    if ranges:
+        yield vm.mmu_lock.write
+        yield INVALIDATE_END
+        vm.frame.drop()
+        for slot in slots:
+            attributes.track_mixed(slot, start, end_gfn)
+        yield vm.mmu_lock.release
+    return zapped
+
+
+# ---- guest_memfd ----------------------------------------------------------------------------------------------
+
+
+def gmem_kinds(inode: GmemInode) -> Filter:
+    """What a truncation of the inode invalidates (kvm_gmem_invalidate_begin)."""
+    return Filter.SHARED if inode.init_shared else Filter.PRIVATE
+
+
+def bound_ranges(file: GmemFile, start: int, n: int) -> list[Range]:
+    """The gfns through which a file's bindings show indexes [start, start + n)."""
+    ranges: list[Range] = []
+    for index, npages, slot in file.bound(start, n):
+        low, high = max(start, index), min(start + n, index + npages)
+        ranges.append((slot, slot.base_gfn + low - slot.gmem_pgoff, slot.base_gfn + high - slot.gmem_pgoff))
+    return ranges
+
+
+def punch_hole(inode: GmemInode, start: int, n: int) -> Steps[int]:
+    """kvm_gmem_punch_hole: zap every binding, give the folios back by pfn, close the frames. Returns pages freed."""
+    yield inode.invalidate_lock.write
+    opened: list[Vm] = []
+    try:
+        for file in inode.files:
+            ranges = bound_ranges(file, start, n)
+            if ranges:
+                yield from begin(file.vm, ranges, gmem_kinds(inode))
+                opened.append(file.vm)
+    except UapiError:
+        for vm in opened:
+            yield from end(vm)
+        yield inode.invalidate_lock.release
+        raise
+    freed = yield from inode.truncate(start, n)
+    yield INVALIDATE_STORE
+    for vm in opened:
+        yield from end(vm)
+    yield inode.invalidate_lock.release
+    return freed
+
+
+def release(file: GmemFile) -> Steps[None]:
+    """kvm_gmem_release, slots_lock held: every bound slot loses its file, all bindings are zapped, the file goes; the
+    memory goes with the inode's last file."""
+    inode = file.inode
+    yield inode.invalidate_lock.write
+    for _, _, slot in file.bindings:
+        slot.gmem = None
+    ranges = bound_ranges(file, 0, inode.npages)
+    yield from invalidate(file.vm, ranges, gmem_kinds(inode))
+    file.bindings = []
+    inode.files.remove(file)
+    if not inode.files:
+        yield from inode.truncate(0, inode.npages)
+    yield inode.invalidate_lock.release
+
+
+def memory_failure(inode: GmemInode, index: int) -> Steps[None]:
+    """kvm_gmem_error_folio: zap the page, keep the folio, poisoned; the next lookup answers -EHWPOISON."""
+    yield inode.invalidate_lock.read
+    opened = []
+    for file in inode.files:
+        ranges = bound_ranges(file, index, 1)
+        if ranges:
+            yield from begin(file.vm, ranges, gmem_kinds(inode))
+            opened.append(file.vm)
+    inode.poison(index)
+    for vm in opened:
+        yield from end(vm)
+    yield inode.invalidate_lock.release
+
+
+# ---- memslots -------------------------------------------------------------------------------------------------
+
+
+def flush_slot(vm: Vm, slot: Memslot) -> Steps[int]:
+    """Zap what a slot maps, both kinds, while its INVALID copy stands (kvm_arch_flush_shadow_memslot).
+
+    The default VM type zaps all direct roots at once, by replacing them (kvm_mmu_zap_all_fast).
+    """
+    if vm.fast_zap:
+        yield vm.mmu_lock.write
+        old = vm.tdp.fast_zap()
+        yield from vm.flush_tlbs(0, 1 << 52)
+        yield vm.mmu_lock.release
+        yield vm.mmu_lock.read
+        pages = old.pages_mapped
+        vm.tdp.drop_root(old)
+        yield vm.mmu_lock.release
+        return pages
+    yield vm.mmu_lock.write
+    zapped = 0
+    for root in vm.tdp.roots(invalid=True):
+        zapped += yield from vm.tdp.zap_leaves(root, slot, slot.base_gfn, slot.end_gfn)
+    if zapped:
+        yield from vm.flush_tlbs(slot.base_gfn, slot.end_gfn)
+    yield vm.mmu_lock.release
+    return zapped

@@ -1,0 +1,320 @@
+"""The VMM's address space (kernel: struct mm_struct): mappings at hvas, the frames behind them, and mmu notifiers.
+
+KVM gets shared memory from here by GUP, and hears through notifiers when the host takes pages away.
+"""
+
+from __future__ import annotations
+
+import errno
+from bisect import bisect_right
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from cvmcore.effects import Steps
+from cvmcore.errors import UapiError
+from cvmcore.pages import (
+    EMPTY,
+    IntArray,
+    Sel,
+    Words,
+    array_of,
+    blocks,
+    contiguous,
+    count,
+    expand,
+    first,
+    heads,
+    last,
+    shift,
+    take,
+    where,
+    zeros,
+)
+from cvmcore.types import PAGE_SHIFT, PG_LEVEL_2M, PG_LEVEL_4K, Use
+
+if TYPE_CHECKING:
+    from cvmcore.host import Host
+    from cvmcore.mem.gmem import GmemFile
+
+_BASE = 0x7F00_0000_0000
+_GIB = 1 << 30
+TASK_SIZE = 1 << 47
+
+HUGE = 1
+"""Flag of a mapping word: the page is part of a large page of 2 MiB."""
+
+
+class Notifier(Protocol):
+    """Whoever mirrors this address space (kernel: struct mmu_notifier)."""
+
+    def unmap_hva_range(self, hva_page: int, n: int, take_away: Steps[None]) -> Steps[None]:
+        """Hva pages [hva_page, hva_page + n) go away: open a frame, zap, run `take_away`, close the frame."""
+
+    def release(self) -> Steps[None]:
+        """The address space itself goes away (mmu_notifier_ops.release): drop every mapping, nobody uses it now."""
+
+
+@attrs.define(eq=False)
+class Mapping:
+    """One mapping: hva pages [start, start + npages), and what stands behind them.
+
+    words: uint32 by page of the mapping, pfn << 5 | flags, 0 where nothing was touched yet (anonymous memory).
+    For a mapping of a guest_memfd the frames are the inode's, from page `pgoff` on.
+    """
+
+    start: int
+    npages: int
+    backing_level: int
+    words: Words
+    gmem: GmemFile | None = None
+    pgoff: int = 0
+
+
+class Mm:
+    """One process address space. hva pages are hva >> 12."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.mappings: list[Mapping] = []
+        self.notifiers: list[Notifier] = []
+        self._next = _BASE >> PAGE_SHIFT
+
+    # ---- mappings ---------------------------------------------------------------------------------------------
+
+    def map(self, npages: int, backing_level: int = PG_LEVEL_4K, gmem: GmemFile | None = None, pgoff: int = 0) -> int:
+        """A new mapping at an address aligned to 1 GiB (so that large pages fit); returns its hva."""
+        words = zeros(0 if gmem else npages, np.uint32)
+        mapping = Mapping(self._next, npages, backing_level, words, gmem, pgoff)
+        self.mappings.append(mapping)
+        self._next += -(-npages // (_GIB >> PAGE_SHIFT)) * (_GIB >> PAGE_SHIFT) + (_GIB >> PAGE_SHIFT)
+        return mapping.start << PAGE_SHIFT
+
+    def find(self, hva_page: int) -> Mapping | None:
+        """The mapping that covers an hva page (kernel: vma_lookup)."""
+        i = bisect_right(self.mappings, hva_page, key=lambda m: m.start) - 1
+        if i >= 0 and hva_page < self.mappings[i].start + self.mappings[i].npages:
+            return self.mappings[i]
+        return None
+
+    # ---- GUP --------------------------------------------------------------------------------------------------
+
+    def resident_level(self, hva_page: int) -> int:
+        """Level at which the host maps this page: what limits KVM's mapping level."""
+        mapping = self.find(hva_page)
+        if mapping is None or mapping.gmem is not None:
+            return PG_LEVEL_4K
+        return PG_LEVEL_2M if int(mapping.words[hva_page - mapping.start]) & HUGE else PG_LEVEL_4K
+
+    def huge_blocks(self, hva_pages: Sel) -> npt.NDArray[np.bool_] | bool:
+        """Which of the pages are, or will be once touched, part of a large page: one bool for all, or one each."""
+        mapping = self.find(first(hva_pages))
+        if mapping is None or mapping.gmem is not None or mapping.backing_level < PG_LEVEL_2M:
+            return False
+        return large_blocks(mapping.words, shift(hva_pages, -mapping.start), HUGE)
+
+    def gup(self, hva_pages: Sel, call: str = "get_user_pages") -> Sel:
+        """`fault_in`, and charge `gup_4k` a page."""
+        self.host.meter.charge("gup_4k", count(hva_pages))
+        return self.fault_in(hva_pages, call)
+
+    def fault_in(self, hva_pages: Sel, call: str = "get_user_pages") -> Sel:
+        """Frames behind hva pages of one mapping, allocated and cleared where they were not yet.
+
+        Raises UapiError(EFAULT) where nothing is mapped, ENOMEM where the host is full (no small page is faulted in
+        then).
+        """
+        mapping = self.find(first(hva_pages))
+        if mapping is None or last(hva_pages) >= mapping.start + mapping.npages:
+            raise UapiError(errno.EFAULT, call, f"hva {first(hva_pages) << PAGE_SHIFT:#x} is not mapped")
+        index = shift(hva_pages, -mapping.start)
+        if mapping.gmem is not None:
+            return mapping.gmem.inode.populate(shift(index, mapping.pgoff))
+        words = take(mapping.words, index)
+        present = int(np.count_nonzero(words))
+        if present != len(words):
+            absent = index if present == 0 else where(index, words == 0)
+            self._fault_in(mapping, absent)
+            words = take(mapping.words, index)
+        return contiguous(words >> 5)
+
+    def fault_in_large(self, hva_pages: Sel) -> Sel:
+        """First frames of the large pages at these hva pages (heads of blocks that `huge_blocks` named); only of the
+        first of them, where the host has no more."""
+        mapping = self.find(first(hva_pages))
+        assert mapping is not None
+        index = shift(hva_pages, -mapping.start)
+        self._fault_in_large(mapping, index)
+        return leading_large(take(mapping.words, index), HUGE)
+
+    def _fault_in_large(self, mapping: Mapping, index: Sel) -> None:
+        """Large pages for the empty blocks that the pages lie in, for as many as the host has."""
+        host = self.host
+        empty = empty_blocks(mapping.words, array_of(blocks(index, 9)))
+        if len(empty) and count(blocks_2m := host.frames.alloc(len(empty), Use.ANON, 9)):
+            empty = empty[: count(blocks_2m)]
+            pages = expand(heads(contiguous(empty), 9), 9)
+            pfns = expand(blocks_2m, 9)
+            host.memory.clear(pfns)
+            mapping.words[pages] = _words(pfns) | np.uint32(HUGE)
+            host.meter.charge("page_clear_2m", len(empty))
+
+    def _fault_in(self, mapping: Mapping, index: Sel) -> None:
+        host = self.host
+        if mapping.backing_level >= PG_LEVEL_2M:
+            self._fault_in_large(mapping, index)
+            index = where(index, take(mapping.words, index) == 0)
+            if not count(index):
+                return
+        pfns = host.frames.alloc(count(index), Use.ANON)
+        host.memory.clear(pfns)
+        host.meter.charge("page_clear_4k", count(index))
+        mapping.words[index] = _words(pfns)
+
+    # ---- the host takes pages away ----------------------------------------------------------------------------
+
+    def take_away(self, hva: int, size_bytes: int) -> Steps[None]:
+        """madvise(MADV_DONTNEED): pages are zapped, then freed; pinned frames live on without an owner.
+
+        Raises UapiError(EINVAL) where hva is not page aligned, ENOMEM where the range is not mapped.
+        """
+        mapping, start, n = self._range("madvise", hva, size_bytes)
+
+        def drop() -> Steps[None]:
+            if mapping.gmem is None:
+                index = slice(start - mapping.start, start - mapping.start + n, 1)
+                words = mapping.words[index]
+                if np.count_nonzero(words):
+                    used = where(index, words != 0)
+                    self.host.frames.free(contiguous(take(mapping.words, used) >> 5))
+                    self._break_huge(mapping, used)
+                    mapping.words[used] = 0
+            return
+            yield
+
+        yield from self._notify(start, n, drop())
+
+    def migrate(self, hva: int, size_bytes: int) -> Steps[int]:
+        """The host compacts: each present page that is not pinned moves to another frame, as long as there are free
+        ones. Returns pages moved.
+
+        Content is copied as the host sees it, so an encrypted page arrives as noise (reference: sev.md 1).
+        """
+        mapping, start, n = self._range("migrate_pages", hva, size_bytes)
+        moved = 0
+
+        def move() -> Steps[None]:
+            nonlocal moved
+            index = slice(start - mapping.start, start - mapping.start + n, 1)
+            words = mapping.words[index]
+            movable = np.flatnonzero(words)
+            movable = movable[self.host.frames.pins[words[movable] >> 5] == 0]
+            movable = movable[: self.host.frames.available]
+            if len(movable):
+                pages = contiguous(movable + index.start)
+                old = contiguous(take(mapping.words, pages) >> 5)
+                new = self.host.frames.alloc(len(movable), Use.ANON)
+                self.host.memory.copy_raw(old, new)
+                self.host.meter.charge("host_copy_4k", len(movable))
+                self._break_huge(mapping, pages)
+                mapping.words[pages] = _words(new)
+                self.host.frames.free(old)
+                moved = len(movable)
+            return
+            yield
+
+        yield from self._notify(start, n, move())
+        return moved
+
+    def unmap(self, hva: int, size_bytes: int) -> Steps[None]:
+        """munmap of a whole mapping. Raises UapiError(EINVAL) where the range is not one."""
+        mapping, start, n = self._range("munmap", hva, size_bytes)
+        if start != mapping.start or n != mapping.npages:
+            raise UapiError(errno.EINVAL, "munmap", "only whole mappings are unmapped here")
+        yield from self.take_away(hva, size_bytes)
+        self.mappings.remove(mapping)
+        if mapping.gmem is not None:
+            yield from mapping.gmem.put()
+
+    def teardown(self) -> Steps[None]:
+        """The address space goes away (exit_mmap): notifiers drop all they mirror and hear no more, then all memory is
+        given back."""
+        notifiers, self.notifiers = self.notifiers, []
+        for notifier in notifiers:
+            yield from notifier.release()
+        for mapping in list(self.mappings):
+            yield from self.unmap(mapping.start << PAGE_SHIFT, mapping.npages << PAGE_SHIFT)
+
+    def _notify(self, start: int, n: int, work: Steps[None]) -> Steps[None]:
+        """Run work inside every notifier's invalidation frame."""
+        for notifier in self.notifiers:
+            work = notifier.unmap_hva_range(start, n, work)
+        yield from work
+
+    def _range(self, call: str, hva: int, size_bytes: int) -> tuple[Mapping, int, int]:
+        if hva & 4095 or size_bytes <= 0:
+            raise UapiError(errno.EINVAL, call, "hva and size must be whole pages")
+        start, n = hva >> PAGE_SHIFT, -(-size_bytes // 4096)
+        mapping = self.find(start)
+        if mapping is None or start + n > mapping.start + mapping.npages:
+            raise UapiError(errno.ENOMEM, call, f"hva {hva:#x} is not mapped")
+        return mapping, start, n
+
+    @staticmethod
+    def _break_huge(mapping: Mapping, pages: Sel) -> None:
+        if mapping.backing_level >= PG_LEVEL_2M:
+            for block in array_of(blocks(pages, 9)).tolist():
+                mapping.words[block << 9 : (block + 1) << 9] &= np.uint32(0xFFFF_FFFF ^ HUGE)
+
+    # ---- plain access of the VMM ------------------------------------------------------------------------------
+
+    def ranges(self, hva_page: int, n: int) -> Iterator[tuple[Mapping, Sel]]:
+        """The parts of an hva range that are mapped, each within one mapping."""
+        for mapping in self.mappings:
+            low, high = max(hva_page, mapping.start), min(hva_page + n, mapping.start + mapping.npages)
+            if low < high:
+                yield mapping, slice(low, high, 1)
+
+    def present(self, mapping: Mapping, hva_pages: Sel) -> Sel:
+        """Frames that stand behind the pages now, none faulted in."""
+        if mapping.gmem is not None:
+            return EMPTY
+        words = take(mapping.words, shift(hva_pages, -mapping.start))
+        return contiguous(words[words != 0] >> 5)
+
+
+def empty_blocks(words: Words, numbers: IntArray) -> IntArray:
+    """Of these blocks of 512 pages, those that lie wholly in the array and hold nothing."""
+    numbers = numbers[(numbers + 1) << 9 <= len(words)]
+    rows = words[: len(words) & -512].reshape(-1, 512)
+    empty: IntArray = numbers[~(rows[contiguous(numbers)] != 0).any(axis=1)]
+    return empty
+
+
+def large_blocks(words: Words, index: Sel, flag: int) -> npt.NDArray[np.bool_]:
+    """Which pages are part of a large page (its words have `flag`), or will be once touched: their block is empty."""
+    numbers = array_of(blocks(index, 9))
+    large = np.zeros(len(numbers), bool)
+    inside = numbers[(numbers + 1) << 9 <= len(words)]
+    first_words = words[inside << 9]
+    large[: len(inside)] = (first_words & np.uint32(flag)) != 0
+    large[np.searchsorted(numbers, empty_blocks(words, inside[first_words == 0]))] = True
+    return large[np.searchsorted(numbers, array_of(index) >> 9)]
+
+
+def leading_large(words: Words, flag: int) -> Sel:
+    """Frames of the leading words that have `flag`: first pages of large pages."""
+    small = (words & np.uint32(flag)) == 0
+    n = int(np.argmax(small)) if np.count_nonzero(small) else len(words)
+    return contiguous(words[:n] >> 5, 512)
+
+
+def _words(pfns: Sel) -> Words:
+    """Frames as mapping words without flags."""
+    if isinstance(pfns, slice) and (pfns.step or 1) == 1:
+        return np.arange(pfns.start << 5, pfns.stop << 5, 32, dtype=np.uint32)
+    pages: IntArray = array_of(pfns)
+    return (pages << 5).astype(np.uint32)

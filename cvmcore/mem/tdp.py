@@ -1,0 +1,531 @@
+"""The TDP MMU (kernel: mmu/tdp_mmu.c): page-table roots, and the only code that writes their entries.
+
+A root is a radix tree kept as one flat array per level: element `gfn >> 9 * (level - 1)` is that gfn's entry. An
+entry is a uint32 word: frame << 5 | state. 0 is absent, so an untouched root costs nothing.
+
+Three kinds of root. *Direct*: the CPU walks it. *Mirror*: a copy of a table that only the trusted party can write
+(`external`); every change of an entry freezes it, calls the hook, then commits or restores. *Mediated*: the only root
+of a VM whose stage 2 belongs to a hypervisor below; a record of what hooks installed (`external`, `flat`: KVM has no
+table pages there).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TypeAlias
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from cvmcore.effects import FAULT_COMMIT, FAULT_FREEZE, FAULT_HOOK, Steps
+from cvmcore.errors import InvariantViolation
+from cvmcore.pages import (
+    EMPTY,
+    PIECE_RUN,
+    Sel,
+    Words,
+    array_of,
+    blocks,
+    contiguous,
+    count,
+    first,
+    grown,
+    heads,
+    part,
+    take,
+    where,
+    zeros,
+)
+from cvmcore.types import (
+    PG_LEVEL_1G,
+    PG_LEVEL_2M,
+    PG_LEVEL_4K,
+    PG_LEVEL_512G,
+    Batch,
+    Fatal,
+    Filter,
+    Retry,
+    Walk,
+    order_of,
+    pages_per_level,
+)
+
+if TYPE_CHECKING:
+    from cvmcore.mem.slots import Memslot
+    from cvmcore.vm import Vm
+
+PRESENT, TABLE, WRITABLE, DIRTY, FROZEN = 1, 2, 4, 8, 16
+"""State bits of an entry. FROZEN alone (not present): owned by another walker, hands off (FROZEN_SPTE)."""
+FRAME_SHIFT = 5
+
+_FRAME = np.uint32(FRAME_SHIFT)
+_LEAF = np.uint32(PRESENT | TABLE)
+TOP = PG_LEVEL_512G
+
+Arguments: TypeAlias = dict[str, object]
+"""What a hook is called with, by name."""
+
+
+class Root:
+    """One page-table root."""
+
+    def __init__(self, kind: Filter, *, external: bool = False, flat: bool = False, end_gfn: int = 0) -> None:
+        self.kind = kind
+        """Which accesses it serves: SHARED or PRIVATE with a mirror, BOTH without."""
+        self.external = external
+        self.flat = flat
+        self.entries: list[Words] = [zeros(0, np.uint32) for _ in range(TOP + 1)]
+        self.leaves = [0] * (TOP + 1)
+        """Present leaves by level."""
+        self.tables = [0] * (TOP + 1)
+        """Present tables by the level of the entry that points to them."""
+        self.cover(end_gfn)
+
+    @property
+    def mirror(self) -> bool:
+        return self.external and not self.flat
+
+    def cover(self, end_gfn: int) -> None:
+        """Make room for gfns below end_gfn."""
+        end_gfn = -(-end_gfn // 512) * 512
+        for level in range(PG_LEVEL_4K, TOP + 1):
+            self.entries[level] = grown(self.entries[level], -(-end_gfn // pages_per_level(level)))
+
+    @property
+    def pages_mapped(self) -> int:
+        """4K pages that leaves cover."""
+        return sum(n << order_of(level) for level, n in enumerate(self.leaves) if level)
+
+    @property
+    def table_bytes(self) -> int:
+        """Memory of KVM's own table pages, the root included; a mirror's external tables are counted apart."""
+        return 0 if self.flat else 4096 * (1 + sum(self.tables))
+
+    # ---- what the CPU does ------------------------------------------------------------------------------------
+
+    def lookup(self, gfns: Sel, write: bool) -> tuple[int | npt.NDArray[np.uint8], Sel, int | npt.NDArray[np.uint8]]:
+        """Walk for 4K gfns: status (Walk.OK or MISS, one for all or one each), frames where OK, levels of leaves."""
+        need = np.uint32(PRESENT | WRITABLE if write else PRESENT)
+        words = take(self.entries[PG_LEVEL_4K], gfns)
+        if not self.leaves[PG_LEVEL_2M] and not self.leaves[PG_LEVEL_1G]:
+            return (*_status(words & need == need, words), PG_LEVEL_4K)
+        pages = array_of(gfns)
+        level = np.full(len(pages), PG_LEVEL_4K, np.uint8)
+        words = words.copy()
+        for large in (PG_LEVEL_2M, PG_LEVEL_1G):
+            if self.leaves[large]:
+                order = order_of(large)
+                above = self.entries[large].take(pages >> order)
+                leaf = (above & _LEAF) == PRESENT
+                inside = (pages & ((1 << order) - 1)).astype(np.uint32) << _FRAME
+                words = np.where(leaf, above + inside, words)
+                level[leaf] = large
+        status, pfns = _status(words & need == need, words)
+        uniform = int(level[0])
+        return status, pfns, uniform if not np.count_nonzero(level != uniform) else level
+
+    # ---- walking ----------------------------------------------------------------------------------------------
+
+    def under_tables(self, level: int, start: int, end: int) -> Iterator[slice]:
+        """Runs of entry indexes at `level` that touch gfns [start, end) and whose table exists."""
+        if start >= end:
+            return
+        runs = [(start >> order_of(TOP), (end - 1 >> order_of(TOP)) + 1)]
+        for above in range(TOP, level, -1):
+            found: list[tuple[int, int]] = []
+            for low, high in runs:
+                is_table = self.entries[above][low:high] & np.uint32(TABLE)
+                if not np.count_nonzero(is_table):
+                    continue
+                if np.count_nonzero(is_table) == len(is_table):
+                    found.append((low << 9, high << 9))
+                    continue
+                at = np.flatnonzero(is_table)
+                for chunk in np.split(at, np.flatnonzero(at[1:] - at[:-1] != 1) + 1):
+                    found.append(((low + int(chunk[0])) << 9, (low + int(chunk[-1]) + 1) << 9))
+            order = order_of(above - 1)
+            runs = [(max(low, start >> order), min(high, (end - 1 >> order) + 1)) for low, high in found]
+        for low, high in runs:
+            for piece in range(low, high, PIECE_RUN):
+                yield slice(piece, min(piece + PIECE_RUN, high), 1)
+
+    def leaves_in(self, start: int, end: int) -> Iterator[tuple[int, Sel]]:
+        """(level, entry indexes) of all present leaves that overlap gfns [start, end), the largest level first."""
+        for level in (PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K):
+            if not self.leaves[level]:
+                continue
+            for run in self.under_tables(level, start, end):
+                present = (self.entries[level][run] & _LEAF) == PRESENT
+                n = int(np.count_nonzero(present))
+                if n:
+                    yield level, run if n == len(present) else where(run, present)
+
+    def level_at(self, gfn: int) -> int:
+        """Level of the leaf that maps gfn, 0 where none does."""
+        for level in (PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K):
+            at = gfn >> order_of(level)
+            if at < len(self.entries[level]) and int(self.entries[level][at]) & (PRESENT | TABLE) == PRESENT:
+                return level
+        return 0
+
+    def widened(self, start: int, end: int) -> tuple[int, int]:
+        """[start, end) with all of the leaves that overlap it."""
+        for gfn in (start, end - 1):
+            if level := self.level_at(gfn):
+                head = gfn & -pages_per_level(level)
+                start, end = min(start, head), max(end, head + pages_per_level(level))
+        return start, end
+
+    def has_table(self, level: int, index: Sel) -> npt.NDArray[np.bool_]:
+        """Whether entries at `level` point to tables: smaller mappings may exist below."""
+        found: npt.NDArray[np.bool_] = (take(self.entries[level], index) & np.uint32(TABLE)) != 0
+        return found
+
+
+def _status(ok: npt.NDArray[np.bool_], words: Words) -> tuple[int | npt.NDArray[np.uint8], Sel]:
+    n = int(np.count_nonzero(ok))
+    if n == len(ok):
+        return Walk.OK, contiguous(words >> _FRAME)
+    if n == 0:
+        return Walk.MISS, EMPTY
+    return np.where(ok, np.uint8(Walk.OK), np.uint8(Walk.MISS)), (words >> _FRAME).astype(np.int64)
+
+
+def leaf_words(pfns: Sel, bits: int) -> Words:
+    """Entry words for frames: pfn << 5 | bits."""
+    if isinstance(pfns, slice):
+        step = pfns.step or 1
+        n = count(pfns)
+        low = (pfns.start << FRAME_SHIFT) | bits
+        return np.arange(low, low + ((n * step) << FRAME_SHIFT), step << FRAME_SHIFT, dtype=np.uint32)
+    words: Words = pfns.astype(np.uint32)
+    words <<= _FRAME
+    words |= np.uint32(bits)
+    return words
+
+
+@attrs.frozen
+class Stop:
+    """set_entry got to `done` elements of its batch. reason: None means somebody else was faster."""
+
+    done: int
+    reason: Retry | Fatal
+
+
+class Tdp:
+    """The page tables of one VM. `set_entry` and what is built on it are the only writers of entries, and the only
+    callers of entry hooks."""
+
+    def __init__(self, vm: Vm) -> None:
+        self.vm = vm
+        caps = vm.caps
+        self.mirror: Root | None = Root(Filter.PRIVATE, external=True) if caps.has_mirror else None
+        self.direct = self._new_direct()
+        self.invalid: list[Root] = []
+        """Direct roots on their way out after a fast zap; still zapped by every invalidation."""
+        self.end_gfn = 0
+
+    def _new_direct(self) -> Root:
+        caps = self.vm.caps
+        kind = Filter.SHARED if caps.has_mirror else Filter.BOTH
+        return Root(kind, external=caps.mediated_root, flat=caps.mediated_root)
+
+    def cover(self, end_gfn: int) -> None:
+        self.end_gfn = max(self.end_gfn, end_gfn)
+        for root in self.roots():
+            root.cover(self.end_gfn)
+
+    def root_for(self, private: bool) -> Root:
+        """The root that serves an access (tdp_mmu_get_root_for_fault)."""
+        return self.mirror if private and self.mirror is not None else self.direct
+
+    def roots(self, kinds: Filter = Filter.BOTH, *, invalid: bool = False) -> list[Root]:
+        """Roots that an invalidation of these kinds is about (kvm_gfn_range_filter_to_root_types): without a mirror
+        always the direct root; with one, PRIVATE means the mirror and SHARED the direct root."""
+        if self.mirror is None:
+            found = [self.direct]
+        else:
+            found = [self.mirror] if Filter.PRIVATE in kinds else []
+            found += [self.direct] if Filter.SHARED in kinds else []
+        return found + (self.invalid if invalid and self.direct in found else [])
+
+    # ---- set_entry --------------------------------------------------------------------------------------------
+
+    def set_entry(
+        self, root: Root, level: int, index: Sel, new: npt.ArrayLike, hook: str = "", arguments: Arguments | None = None
+    ) -> Steps[Stop | None]:
+        """Entries at `index`, all in one present state (absent, or one that the caller found), become `new`.
+
+        Direct root: a compare-exchange. External root: freeze, hook, then commit, or restore from where the hook
+        stopped. Kernel: tdp_mmu_set_spte_atomic, set_external_spte_present.
+        """
+        table = root.entries[level]
+        if not (root.external and hook):
+            table[index] = new
+            return None
+        old = take(table, index).copy()
+        table[index] = FROZEN
+        yield FAULT_FREEZE
+        yield FAULT_HOOK
+        n = len(old)
+        stopped = yield from self.vm.host.ops.call(hook, n, vm=self.vm, **(arguments or {}))
+        self.vm.host.meter.charge("external_update", n if stopped is None else stopped.done)
+        if stopped is None:
+            table[index] = new
+            yield FAULT_COMMIT
+            return None
+        done = stopped.done
+        table[part(index, done, n)] = old[done:]
+        if done:
+            table[part(index, 0, done)] = np.asarray(new)[:done] if np.ndim(new) else new
+        yield FAULT_COMMIT
+        return Stop(done, stopped.reason if isinstance(stopped.reason, Fatal) else Retry())
+
+    # ---- installing -------------------------------------------------------------------------------------------
+
+    def link_tables(self, root: Root, level: int, gfns: Sel) -> Steps[tuple[int, Retry | Fatal | None]]:
+        """Make sure that tables stand above `level` for all gfns, parents first; a direct huge leaf in the way is
+        split. Returns how many leading gfns may go on, and why not more (RETRY: frozen, or the hook was busy)."""
+        n = count(gfns)
+        reason: Retry | Fatal | None = None
+        for above in range(TOP, level, -1):
+            if n == 0:
+                break
+            index = blocks(part(gfns, 0, n), order_of(above))
+            words = take(root.entries[above], index)
+            tables = int(np.count_nonzero(words & np.uint32(TABLE)))
+            if tables == len(words):
+                continue
+            if np.count_nonzero((words & _LEAF) == PRESENT):
+                for at in array_of(where(index, (words & _LEAF) == PRESENT)).tolist():
+                    if root.external and not root.flat:
+                        raise InvariantViolation(
+                            "a fault met a huge leaf above its level in a mirror root", gfn=at << order_of(above)
+                        )
+                    yield from self.split(root, at << order_of(above), above)
+                words = take(root.entries[above], index)
+            if np.count_nonzero(words == FROZEN):
+                bad = first(where(index, words == FROZEN))
+                n, reason = _before(gfns, bad, order_of(above), n), Retry()
+                index = blocks(part(gfns, 0, n), order_of(above))
+                words = take(root.entries[above], index)
+            absent = index if not np.count_nonzero(words) else where(index, words == 0)
+            if count(absent):
+                stop = yield from self._link(root, above, absent)
+                if stop is not None:
+                    bad = first(part(absent, stop.done, stop.done + 1))
+                    n, reason = _before(gfns, bad, order_of(above), n), stop.reason
+        return n, reason
+
+    def _link(self, root: Root, level: int, index: Sel) -> Steps[Stop | None]:
+        n = count(index)
+        if not root.mirror:
+            yield from self.set_entry(root, level, index, PRESENT | TABLE)
+            root.tables[level] += n
+            return None
+        frames = self.vm.host.frames
+        tables = self.vm.take_tables(n)
+        stop: Stop | None = yield from self.set_entry(
+            root,
+            level,
+            index,
+            leaf_words(tables, PRESENT | TABLE),
+            "link_private_spt",
+            {"gfns": heads(index, order_of(level)), "level": level, "tables": tables},
+        )
+        done = n if stop is None else stop.done
+        root.tables[level] += done
+        if done < n:
+            frames.free(part(tables, done, n))
+        return stop
+
+    def map_leaves(self, root: Root, batch: Batch, bits: int) -> Steps[Stop | None]:
+        """Absent entries become leaves. The caller has linked the tables and looked at the entries under mmu_lock."""
+        new = leaf_words(batch.pfns, bits | PRESENT)
+        stop = yield from self.set_entry(root, batch.level, batch.blocks, new, "set_private_spte", {"batch": batch})
+        root.leaves[batch.level] += len(batch) if stop is None else stop.done
+        return stop
+
+    # ---- zapping ----------------------------------------------------------------------------------------------
+
+    def zap_leaves(self, root: Root, slot: Memslot, start: int, end: int) -> Steps[int]:
+        """Zap every leaf that overlaps gfns [start, end), whole, at its own level (mmu_lock held for write).
+
+        Returns the number of 4K pages that were mapped. Tables stay (tdp_mmu_zap_leafs). The caller flushes.
+        """
+        zapped = 0
+        for level, index in root.leaves_in(start, end):
+            zapped += yield from self._zap(root, slot, level, index)
+        return zapped
+
+    def _zap(self, root: Root, slot: Memslot, level: int, index: Sel) -> Steps[int]:
+        n = count(index)
+        words = take(root.entries[level], index)
+        if self.vm.host.ops.observed or root.external:
+            pfns = contiguous(words >> _FRAME, pages_per_level(level))
+            batch = Batch(slot, level, heads(index, order_of(level)), pfns)
+            self.vm.host.ops.emit(
+                "zap", "zap_leaf", vm=self.vm.id, gfns=batch.all_gfns, pfns=batch.all_pfns, level=level, n=n
+            )
+        root.entries[level][index] = 0
+        root.leaves[level] -= n
+        self.vm.host.meter.charge("spte_write", n)
+        if root.external:
+            yield from self.vm.host.ops.call("remove_private_spte", n, vm=self.vm, batch=batch)
+        return n << order_of(level)
+
+    # ---- changing size ----------------------------------------------------------------------------------------
+
+    def split(self, root: Root, gfn: int, level: int) -> Steps[Stop | None]:
+        """A huge leaf becomes a table of 512 leaves of the same frames (tdp_mmu_split_huge_page).
+
+        Direct root: both views translate alike, so nothing is flushed. Mirror: the hook demotes; on failure the huge
+        leaf stays and the reason is returned (mmu_lock held for write).
+        """
+        order, at = order_of(level), gfn >> order_of(level)
+        word = int(root.entries[level][at])
+        head = at << order
+        pfn = word >> FRAME_SHIFT
+        size = pages_per_level(level - 1)
+        children = slice(at << 9, (at + 1) << 9, 1)
+        small = leaf_words(slice(pfn, pfn + 512 * size, size), word & (PRESENT | WRITABLE | DIRTY))
+        tables: Sel = EMPTY
+        if root.mirror:
+            tables = self.vm.take_tables(1)
+        stop: Stop | None = yield from self.set_entry(
+            root,
+            level,
+            slice(at, at + 1, 1),
+            leaf_words(tables, PRESENT | TABLE) if root.mirror else PRESENT | TABLE,
+            "split_private_spt" if root.mirror else "",
+            {"gfn": head, "level": level, "table": first(tables) if root.mirror else 0},
+        )
+        if stop is not None:
+            self.vm.host.frames.free(tables)
+            return stop
+        root.entries[level - 1][children] = small
+        root.leaves[level] -= 1
+        root.leaves[level - 1] += 512
+        root.tables[level] += 1
+        if not root.mirror:
+            self.vm.host.meter.charge("hugepage_split")
+        self.vm.host.ops.emit(
+            "zap", "split", vm=self.vm.id, gfns=slice(head, head + (1 << order), 1), level=level, n=1
+        )
+        return None
+
+    def can_be_huge(self, root: Root, gfn: int, level: int) -> int | None:
+        """The first frame, where 512 present leaves of equal rights stand on contiguous, aligned frames; else None."""
+        at = gfn >> order_of(level)
+        if not int(root.entries[level][at]) & TABLE:
+            return None
+        words = root.entries[level - 1][at << 9 : (at + 1) << 9]
+        low = int(words[0])
+        pfn = low >> FRAME_SHIFT
+        if not low & PRESENT or low & TABLE or pfn & (pages_per_level(level) - 1):
+            return None
+        frames = slice(pfn, pfn + pages_per_level(level), pages_per_level(level - 1))
+        want = leaf_words(frames, low & WRITABLE | PRESENT)
+        return None if np.count_nonzero((words & ~np.uint32(DIRTY)) != want) else pfn
+
+    def promote(self, root: Root, gfn: int, level: int) -> Steps[Stop | None]:
+        """A full table of a mirror root becomes one huge leaf through the hook; content is kept. On failure nothing
+        changes and the pages stay small. The caller has checked `can_be_huge`."""
+        order, at = order_of(level), gfn >> order_of(level)
+        pfn = self.can_be_huge(root, gfn, level)
+        assert pfn is not None
+        word = int(root.entries[level][at])
+        bits = int(root.entries[level - 1][at << 9]) & (PRESENT | WRITABLE)
+        table = word >> FRAME_SHIFT
+        stop = yield from self.set_entry(
+            root,
+            level,
+            slice(at, at + 1, 1),
+            pfn << FRAME_SHIFT | bits,
+            "promote_private_spt",
+            {"gfn": at << order, "level": level, "pfn": pfn, "table": table},
+        )
+        if stop is None:
+            root.entries[level - 1][at << 9 : (at + 1) << 9] = 0
+            root.leaves[level] += 1
+            root.leaves[level - 1] -= 512
+            root.tables[level] -= 1
+            self.vm.give_tables(slice(table, table + 1, 1))
+        return stop
+
+    def collapse(self, root: Root, gfn: int, level: int, pfn: int, bits: int) -> Steps[None]:
+        """A direct table is replaced by a huge leaf with these rights on its aligned frames
+        (kvm_tdp_mmu_recover_huge_pages), in one go; the caller flushes."""
+        order, at = order_of(level), gfn >> order_of(level)
+        small = root.entries[level - 1][at << 9 : (at + 1) << 9]
+        present = int(np.count_nonzero(small & np.uint32(PRESENT)))
+        root.leaves[level - 1] -= present
+        root.tables[level] -= 1
+        small[:] = 0
+        yield from self.set_entry(root, level, slice(at, at + 1, 1), pfn << FRAME_SHIFT | PRESENT | bits)
+        root.leaves[level] += 1
+        self.vm.host.meter.charge("hugepage_merge")
+        self.vm.host.ops.emit("zap", "collapse", vm=self.vm.id, gfns=slice(at << order, (at + 1) << order, 1), n=1)
+
+    # ---- rights -----------------------------------------------------------------------------------------------
+
+    def write_protect(self, root: Root, gfns: slice) -> int:
+        """Take write access from the 4K leaves among gfns. Returns how many had it."""
+        protected = 0
+        for run in root.under_tables(PG_LEVEL_4K, gfns.start, gfns.stop):
+            words = root.entries[PG_LEVEL_4K][run]
+            mask = (words & np.uint32(PRESENT | WRITABLE)) == PRESENT | WRITABLE
+            protected += int(np.count_nonzero(mask))
+            words[mask] &= np.uint32(0xFFFF_FFFF ^ (WRITABLE | DIRTY))
+        self.vm.host.meter.charge("spte_wrprot", protected)
+        return protected
+
+    def make_writable(self, root: Root, level: int, index: Sel) -> None:
+        """Give present leaves write access (the fast page fault)."""
+        root.entries[level][index] = take(root.entries[level], index) | np.uint32(WRITABLE | DIRTY)
+
+    # ---- whole roots ------------------------------------------------------------------------------------------
+
+    def fast_zap(self) -> Root:
+        """The direct root becomes invalid and vCPUs get a new one (kvm_tdp_mmu_invalidate_roots, mmu_lock:w)."""
+        old = self.direct
+        self.invalid.append(old)
+        self.direct = self._new_direct()
+        self.direct.cover(self.end_gfn)
+        return old
+
+    def drop_root(self, root: Root) -> None:
+        """An invalid direct root is zapped and freed."""
+        pages = root.pages_mapped
+        self.vm.host.meter.charge("spte_write", sum(root.leaves))
+        self.vm.host.ops.emit("zap", "zap_root", vm=self.vm.id, n=pages)
+        self.invalid.remove(root)
+
+    def free_mirror(self) -> Steps[None]:
+        """Free the mirror's tables bottom-up through the hook (handle_removed_pt). Leaves are gone already."""
+        root = self.mirror
+        if root is None:
+            return
+        for level in range(PG_LEVEL_2M, TOP + 1):
+            for run in list(root.under_tables(level, 0, self.end_gfn)):
+                tables = root.has_table(level, run)
+                if not np.count_nonzero(tables):
+                    continue
+                index = where(run, tables)
+                pfns = contiguous(take(root.entries[level], index) >> _FRAME)
+                gfns = heads(index, order_of(level))
+                back = yield from self.vm.host.ops.call(
+                    "free_private_spt", count(index), vm=self.vm, gfns=gfns, level=level, tables=pfns
+                )
+                self.vm.host.frames.free(pfns if back is None else back)
+                root.entries[level][index] = 0
+                root.tables[level] -= count(index)
+
+
+def _before(gfns: Sel, bad_block: int, order: int, n: int) -> int:
+    """How many of the first n gfns lie below a block."""
+    if isinstance(gfns, slice):
+        return max(0, min(n, -(-((bad_block << order) - int(gfns.start)) // int(gfns.step or 1))))
+    return int(np.searchsorted(gfns[:n], bad_block << order))
+

@@ -1,0 +1,567 @@
+"""The UAPI: what a VMM calls, with KVM's checks in KVM's order and KVM's errno (virt/kvm/kvm_main.c, guest_memfd.c).
+
+A `Process` is the VMM: an address space and a table of descriptors. Every call either does all of it or raises
+`UapiError` and leaves no trace, unless KVM's own call would. Where kernel versions differ, `Host(kernel=...)` says
+which errno.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cvmcore.effects import Steps, operation
+from cvmcore.errors import UapiError
+from cvmcore.host import Host
+from cvmcore.mem import invalidate
+from cvmcore.mem.fault import resolve
+from cvmcore.mem.gmem import GmemFile, GmemInode
+from cvmcore.mem.mm import TASK_SIZE, Mm
+from cvmcore.mem.slots import Memslot
+from cvmcore.pages import Sel, Words, array_of, count, part, shift
+from cvmcore.types import (
+    GUEST_MEMFD_FLAG_INIT_SHARED,
+    GUEST_MEMFD_FLAG_MMAP,
+    KVM_MEM_GUEST_MEMFD,
+    KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_MEM_READONLY,
+    KVM_MEMORY_ATTRIBUTE_PRIVATE,
+    PAGE_BYTES,
+    PG_LEVEL_4K,
+    Batch,
+    Change,
+    ExitReason,
+    Fatal,
+    HostMode,
+    HostVerdict,
+    RetPf,
+    Stopped,
+)
+from cvmcore.vcpu import Accept, Action, Convert, Touch, Vcpu
+from cvmcore.vm import Vm
+
+NR_MEMSLOTS = 32764
+MAX_NR_PAGES = (1 << 31) - 1
+MAX_GFN = 1 << 36
+"""First gfn that no memslot may reach (guest physical addresses of 48 bits)."""
+FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
+KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_GUEST_MEMFD, KVM_CAP_PRE_FAULT_MEMORY, KVM_CAP_GUEST_MEMFD_FLAGS = 233, 234, 236, 244
+PAGE_MASK = PAGE_BYTES - 1
+
+
+class Process:
+    """A VMM process on a host: its memory, its descriptors, its system calls."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.mm = Mm(host)
+        self.files: dict[int, GmemFile] = {}
+        self.vms: list[VmFd] = []
+        self._next_fd = 3
+
+    @property
+    def drive(self) -> Any:
+        return self.host.drive
+
+    # ---- memory of the VMM ------------------------------------------------------------------------------------
+
+    def mmap(self, size_bytes: int) -> int:
+        """Anonymous memory, backed as the host backs (4K or 2M pages). Returns the hva."""
+        if size_bytes <= 0:
+            raise UapiError(errno.EINVAL, "mmap", "the length is 0")
+        return self.mm.map(-(-size_bytes // PAGE_BYTES), self.host.backing_level)
+
+    def mmap_gmem(self, fd: int, offset: int, size_bytes: int, shared: bool = True) -> int:
+        """Map a guest_memfd. ENODEV without FLAG_MMAP, EINVAL unless MAP_SHARED or where misaligned."""
+        file = self._file(fd, "mmap")
+        if not file.inode.flags & GUEST_MEMFD_FLAG_MMAP:
+            raise UapiError(errno.ENODEV, "mmap", "the guest_memfd was made without GUEST_MEMFD_FLAG_MMAP")
+        if not shared or offset & PAGE_MASK or size_bytes <= 0:
+            raise UapiError(errno.EINVAL, "mmap", "guest_memfd is mapped MAP_SHARED, at whole pages")
+        file.refs += 1
+        return self.mm.map(-(-size_bytes // PAGE_BYTES), PG_LEVEL_4K, file, offset // PAGE_BYTES)
+
+    @operation
+    def munmap(self, hva: int, size_bytes: int) -> Steps[None]:
+        """Unmap a whole mapping."""
+        yield from self.mm.unmap(hva, size_bytes)
+
+    @operation
+    def madvise_dontneed(self, hva: int, size_bytes: int) -> Steps[None]:
+        """madvise(MADV_DONTNEED): notifiers, then the pages are freed; the next touch finds zeros."""
+        yield from self.mm.take_away(hva, size_bytes)
+
+    @operation
+    def migrate_pages(self, hva: int, size_bytes: int) -> Steps[int]:
+        """The kernel moves pages to other frames (compaction, NUMA balancing). Returns how many could be moved."""
+        return (yield from self.mm.migrate(hva, size_bytes))
+
+    def write(self, hva: int, stamps: Words | int, n: int, mode: HostMode = HostMode.USER) -> HostVerdict:
+        """The VMM writes n whole pages of its memory. EFAULT where nothing is mapped."""
+        pfns = self._touch(hva, n, "write")
+        verdict = self.host.host_access(pfns, True, mode)
+        if verdict in (HostVerdict.OK, HostVerdict.RECLAIMED, HostVerdict.POISONED):
+            self.host.memory.write(pfns, stamps, 0)
+        return verdict
+
+    def read(self, hva: int, n: int, mode: HostMode = HostMode.USER) -> tuple[HostVerdict, Words]:
+        """The VMM reads n whole pages: the verdict, and the stamps it sees."""
+        return self.host.host_read(self._touch(hva, n, "read"), mode)
+
+    def _touch(self, hva: int, n: int, call: str) -> Sel:
+        mapping = self.mm.find(hva >> 12)
+        if mapping is not None and mapping.gmem is not None:
+            end = mapping.pgoff + (hva >> 12) - mapping.start + n
+            if end > mapping.gmem.inode.npages or not mapping.gmem.inode.init_shared:
+                raise UapiError(errno.EFAULT, call, "SIGBUS: beyond the file, or its memory is not shared")
+        return self.mm.gup(slice(hva >> 12, (hva >> 12) + n, 1), call)
+
+    # ---- VMs and files ----------------------------------------------------------------------------------------
+
+    def create_vm(self, vm_type: str | None = None) -> VmFd:
+        """KVM_CREATE_VM with one of the vendor's VM types; the host's own where none is named."""
+        vm = VmFd(self, self.host.make_vm(self.mm, vm_type))
+        self.vms.append(vm)
+        return vm
+
+    def install(self, file: GmemFile) -> int:
+        """A new descriptor for an open file."""
+        fd, self._next_fd = self._next_fd, self._next_fd + 1
+        self.files[fd] = file
+        return fd
+
+    def dup(self, fd: int) -> int:
+        """dup(2)."""
+        file = self._file(fd, "dup")
+        file.refs += 1
+        return self.install(file)
+
+    @operation
+    def close(self, fd: int) -> Steps[None]:
+        """close(2); the last reference releases the guest_memfd."""
+        file = self._file(fd, "close")
+        del self.files[fd]
+        yield from file.put()
+
+    def _file(self, fd: int, call: str) -> GmemFile:
+        if fd not in self.files:
+            raise UapiError(errno.EBADF, call, f"descriptor {fd} is not open")
+        return self.files[fd]
+
+    @operation
+    def fallocate(self, fd: int, mode: int, offset: int, size_bytes: int) -> Steps[None]:
+        """fallocate(2) on a guest_memfd (kvm_gmem_fallocate): allocate, or punch a hole."""
+        inode = self._file(fd, "fallocate").inode
+        if offset < 0 or size_bytes <= 0:
+            raise UapiError(errno.EINVAL, "fallocate", "offset and length must be positive")
+        if not mode & FALLOC_FL_KEEP_SIZE or mode & ~(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE):
+            raise UapiError(errno.EOPNOTSUPP, "fallocate", "only KEEP_SIZE, with or without PUNCH_HOLE")
+        if offset & PAGE_MASK or size_bytes & PAGE_MASK:
+            raise UapiError(errno.EINVAL, "fallocate", "offset and length must be whole pages")
+        start, n = offset // PAGE_BYTES, size_bytes // PAGE_BYTES
+        if mode & FALLOC_FL_PUNCH_HOLE:
+            self.host.meter.charge("punch_hole_call")
+            if start < inode.npages:
+                yield from invalidate.punch_hole(inode, start, min(n, inode.npages - start))
+        else:
+            if start + n > inode.npages:
+                raise UapiError(errno.EINVAL, "fallocate", "beyond the size of the guest_memfd")
+            yield inode.invalidate_lock.read
+            for low in range(start, start + n, 1 << 17):
+                inode.allocate(slice(low, min(low + (1 << 17), start + n), 1))
+            yield inode.invalidate_lock.release
+        for file in inode.files:
+            self.host.ops.quiet(file.vm)
+
+    @operation
+    def memory_failure(self, fd: int, offset: int) -> Steps[None]:
+        """The hardware reports a broken page of a guest_memfd (memory_failure, kvm_gmem_error_folio)."""
+        yield from invalidate.memory_failure(self._file(fd, "memory_failure").inode, offset // PAGE_BYTES)
+
+    @operation
+    def exit(self) -> Steps[None]:
+        """The process ends: its memory, then its descriptors; VMs that nobody holds any more are destroyed."""
+        yield from self.mm.teardown()
+        for vm in self.vms:
+            yield from vm.close.steps()
+        for fd in list(self.files):
+            yield from self.close.steps(fd)
+
+
+class VmFd:
+    """A VM's descriptor."""
+
+    def __init__(self, process: Process, vm: Vm) -> None:
+        self.process = process
+        self.vm = vm
+        self.closed = False
+
+    @property
+    def drive(self) -> Any:
+        return self.vm.host.drive
+
+    def check_extension(self, cap: int) -> int:
+        """KVM_CHECK_EXTENSION."""
+        self._alive("KVM_CHECK_EXTENSION")
+        caps = self.vm.caps
+        values = {
+            10: NR_MEMSLOTS,
+            KVM_CAP_MEMORY_ATTRIBUTES: KVM_MEMORY_ATTRIBUTE_PRIVATE if caps.private_by_attribute else 0,
+            KVM_CAP_GUEST_MEMFD: int(caps.gmem_backed),
+            KVM_CAP_PRE_FAULT_MEMORY: int(caps.prefault),
+            KVM_CAP_GUEST_MEMFD_FLAGS: self._gmem_flags(),
+        }
+        return values.get(cap, 0)
+
+    def _gmem_flags(self) -> int:
+        if not self.vm.caps.gmem_backed:
+            return 0
+        return GUEST_MEMFD_FLAG_MMAP | (GUEST_MEMFD_FLAG_INIT_SHARED if self.vm.caps.gmem_init_shared else 0)
+
+    def _alive(self, call: str) -> None:
+        if self.vm.dead:
+            raise UapiError(errno.EIO, call, f"the VM is dead: {self.vm.dead_because}")
+
+    @contextmanager
+    def _quiet_after(self) -> Iterator[None]:
+        yield
+        self.vm.host.ops.quiet(self.vm)
+
+    # ---- vCPUs ------------------------------------------------------------------------------------------------
+
+    @operation
+    def create_vcpu(self, vcpu_id: int | None = None) -> Steps[VcpuFd]:
+        """KVM_CREATE_VCPU. EEXIST for an id in use."""
+        self._alive("KVM_CREATE_VCPU")
+        vm = self.vm
+        number = len(vm.vcpus) if vcpu_id is None else vcpu_id
+        if any(v.id == number for v in vm.vcpus):
+            raise UapiError(errno.EEXIST, "KVM_CREATE_VCPU", f"vCPU {number} exists")
+        yield vm.lock.write
+        vcpu = Vcpu(vm, number)
+        yield from vm.host.ops.call("vcpu_create", vcpu=vcpu)
+        vm.vcpus.append(vcpu)
+        yield vm.lock.release
+        return VcpuFd(self, vcpu)
+
+    # ---- guest_memfd and memslots -----------------------------------------------------------------------------
+
+    def create_guest_memfd(self, size_bytes: int, flags: int = 0) -> int:
+        """KVM_CREATE_GUEST_MEMFD. Returns a descriptor."""
+        call = "KVM_CREATE_GUEST_MEMFD"
+        self._alive(call)
+        if not self.vm.caps.gmem_backed:
+            raise UapiError(errno.EINVAL, call, "this VM type has no guest_memfd")
+        if flags & ~self._gmem_flags():
+            raise UapiError(errno.EINVAL, call, f"flags {flags:#x} are not supported by this VM type")
+        if size_bytes <= 0 or size_bytes >= 1 << 63 or size_bytes & PAGE_MASK:
+            raise UapiError(errno.EINVAL, call, "the size must be whole pages, more than none")
+        vm = self.vm
+        level = min(vm.host.backing_level, vm.caps.max_gmem_level)
+        try:
+            inode = GmemInode(vm.host, size_bytes // PAGE_BYTES, flags, level)
+        except MemoryError:
+            raise UapiError(errno.ENOMEM, call, "no memory for the file's index") from None
+        file = GmemFile(inode, vm)
+        inode.files.append(file)
+        vm.gmem_files.append(file)
+        vm.users += 1
+        return self.process.install(file)
+
+    def set_user_memory_region(self, slot: int, flags: int, gpa: int, size_bytes: int, hva: int) -> None:
+        """KVM_SET_USER_MEMORY_REGION (v1)."""
+        if flags & ~(KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY):
+            raise UapiError(errno.EINVAL, "KVM_SET_USER_MEMORY_REGION", f"flags {flags:#x}")
+        self.set_user_memory_region2(slot, flags, gpa, size_bytes, hva)
+
+    @operation
+    def set_user_memory_region2(
+        self, slot: int, flags: int, gpa: int, size_bytes: int, hva: int = 0, gmem_fd: int = -1, gmem_offset: int = 0
+    ) -> Steps[None]:
+        """KVM_SET_USER_MEMORY_REGION2: create, delete (size 0), move a memslot or change its flags."""
+        yield self.vm.slots_lock.write
+        yield from self._set_region(slot, flags, gpa, size_bytes, hva, gmem_fd, gmem_offset)
+        yield self.vm.slots_lock.release
+        self.vm.host.ops.quiet(self.vm)
+
+    def _set_region(
+        self, slot: int, flags: int, gpa: int, size_bytes: int, hva: int, gmem_fd: int, gmem_offset: int
+    ) -> Steps[None]:
+        call = "KVM_SET_USER_MEMORY_REGION2"
+        vm, caps = self.vm, self.vm.caps
+        self._alive(call)
+
+        def bad(why: str, error: int = errno.EINVAL) -> UapiError:
+            return UapiError(error, call, why)
+
+        as_id, slot_id = slot >> 16, slot & 0xFFFF
+        if slot_id >= NR_MEMSLOTS:
+            raise bad(f"slot id {slot_id}")
+        known = KVM_MEM_LOG_DIRTY_PAGES | (KVM_MEM_READONLY if caps.read_only_slots else 0)
+        known |= KVM_MEM_GUEST_MEMFD if caps.gmem_backed else 0
+        if flags & ~known:
+            raise bad(f"flags {flags:#x}")
+        if flags & KVM_MEM_GUEST_MEMFD and flags & (KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY):
+            raise bad("guest_memfd slots cannot be logged or read only")
+        if (size_bytes | gpa | hva) & PAGE_MASK or not 0 <= hva <= TASK_SIZE - size_bytes:
+            raise bad("size, gpa and hva must be whole pages, hva a user address")
+        if flags & KVM_MEM_GUEST_MEMFD and (gmem_offset & PAGE_MASK or gmem_offset + size_bytes >= 1 << 64):
+            raise bad("the guest_memfd offset must be a whole page")
+        if as_id > 0 or gpa + size_bytes >= 1 << 64 or gpa < 0 or size_bytes < 0:
+            raise bad("no such address space, or gpa + size wraps")
+        npages = size_bytes // PAGE_BYTES
+        if npages > MAX_NR_PAGES:
+            raise bad(f"{npages} pages are too many")
+        base = gpa >> 12
+        old = vm.slots.by_id.get(slot)
+        if size_bytes == 0:
+            if old is None:
+                raise bad(f"there is no slot {slot} to delete")
+            self._may_change(old, call)
+            yield from vm.set_memslot(old, None, Change.DELETE)
+            return
+        if old is not None:
+            if flags & KVM_MEM_GUEST_MEMFD or old.has_gmem:
+                raise bad("a guest_memfd slot is only created or deleted")
+            if old.hva != hva or old.npages != npages or (old.flags ^ flags) & KVM_MEM_READONLY:
+                raise bad("hva, size and READONLY of a slot never change")
+            if old.base_gfn == base and old.flags == flags:
+                return
+            change = Change.MOVE if old.base_gfn != base else Change.FLAGS_ONLY
+        else:
+            change = Change.CREATE
+        clash = [s for s in vm.slots.overlapping(base, base + npages, as_id) if s is not old]
+        if change is not Change.FLAGS_ONLY and clash:
+            raise bad(f"slot {clash[0].id} is already at gfn {clash[0].base_gfn:#x}", errno.EEXIST)
+        new = Memslot(slot, base, npages, hva, flags)
+        if flags & KVM_MEM_GUEST_MEMFD:
+            self._bind(new, gmem_fd, gmem_offset, call)
+        alias = caps.shared_gfn_bit
+        if base + npages > (alias or MAX_GFN):
+            raise bad("above the highest gfn, or a gfn with the alias bit")
+        if old is not None:
+            self._may_change(old, call) if change is Change.MOVE else None
+            new.arch, new.lpage, new.dirty = old.arch, old.lpage, old.dirty
+        yield from vm.set_memslot(old, new, change)
+
+    def _may_change(self, slot: Memslot, call: str) -> None:
+        if self.vm.caps.memslots_fixed_after_run and self.vm.has_run:
+            raise UapiError(errno.EPERM, call, "this VM type fixes its memslots once a vCPU has run")
+
+    def _bind(self, new: Memslot, fd: int, offset: int, call: str) -> None:
+        """kvm_gmem_bind: checks only; the binding itself is made with the slot."""
+        file = self.process.files.get(fd)
+        if file is None:
+            raise UapiError(errno.EBADF, call, f"descriptor {fd} is not open")
+        if file.vm is not self.vm:
+            raise UapiError(errno.EINVAL, call, "the guest_memfd belongs to another VM")
+        start = offset // PAGE_BYTES
+        if start + new.npages > file.inode.npages:
+            raise UapiError(errno.EINVAL, call, "the range reaches beyond the guest_memfd")
+        if file.bound(start, new.npages):
+            error = errno.EINVAL if self.vm.host.kernel == "6.18" else errno.EEXIST
+            raise UapiError(error, call, "the guest_memfd range is already bound")
+        new.gmem, new.gmem_pgoff = file, start
+        new.gmem_only = bool(file.inode.flags & GUEST_MEMFD_FLAG_MMAP)
+
+    @operation
+    def get_dirty_log(self, slot: int) -> Steps[npt.NDArray[np.uint8]]:
+        """KVM_GET_DIRTY_LOG: one byte per page of the slot, 1 where it was written since the last call.
+
+        ENOENT where the slot does not exist or is not logged; EINVAL for a bad id.
+        """
+        self._alive("KVM_GET_DIRTY_LOG")
+        if slot & 0xFFFF >= NR_MEMSLOTS or slot >> 16:
+            raise UapiError(errno.EINVAL, "KVM_GET_DIRTY_LOG", f"slot id {slot}")
+        found = self.vm.slots.by_id.get(slot)
+        if found is None or found.dirty is None:
+            raise UapiError(errno.ENOENT, "KVM_GET_DIRTY_LOG", f"slot {slot} is not logged")
+        yield self.vm.slots_lock.write
+        log = yield from self.vm.get_dirty_log(found)
+        yield self.vm.slots_lock.release
+        return log
+
+    # ---- attributes -------------------------------------------------------------------------------------------
+
+    @operation
+    def set_memory_attributes(self, gpa: int, size_bytes: int, attributes: int, flags: int = 0) -> Steps[None]:
+        """KVM_SET_MEMORY_ATTRIBUTES: all or nothing; no memslot in the range is fine."""
+        call = "KVM_SET_MEMORY_ATTRIBUTES"
+        self._alive(call)
+        vm = self.vm
+        if not vm.caps.private_by_attribute:
+            raise UapiError(errno.ENOTTY, call, "this VM type has no memory attributes")
+        if flags:
+            raise UapiError(errno.EINVAL, call, f"flags {flags:#x}")
+        if attributes & ~KVM_MEMORY_ATTRIBUTE_PRIVATE:
+            raise UapiError(errno.EINVAL, call, f"attributes {attributes:#x}")
+        if size_bytes <= 0 or gpa < 0 or gpa + size_bytes >= 1 << 64:
+            raise UapiError(errno.EINVAL, call, "the size is 0 or wraps")
+        if (gpa | size_bytes) & PAGE_MASK:
+            raise UapiError(errno.EINVAL, call, "gpa and size must be whole pages")
+        start, end = gpa >> 12, gpa + size_bytes >> 12
+        if end > MAX_GFN:
+            raise UapiError(errno.ENOMEM, call, "no memory for attributes so far up")
+        vm.host.meter.charge("attributes_call")
+        yield vm.slots_lock.write
+        yield from invalidate.set_attributes(vm, start, end, attributes, KVM_MEMORY_ATTRIBUTE_PRIVATE)
+        yield vm.slots_lock.release
+        vm.host.ops.quiet(vm)
+
+    # ---- vendor calls -----------------------------------------------------------------------------------------
+
+    @operation
+    def memory_encrypt_op(self, command: str, arguments: dict[str, Any] | None = None) -> Steps[dict[str, Any]]:
+        """KVM_MEMORY_ENCRYPT_OP: a vendor command under its own name. ENOTTY where the vendor has none."""
+        result: dict[str, Any] = yield from self._vendor(
+            "KVM_MEMORY_ENCRYPT_OP", "memory_encrypt_op", command=command, arguments=arguments or {}
+        )
+        return result
+
+    @operation
+    def register_region(self, hva: int, size_bytes: int) -> Steps[None]:
+        """KVM_MEMORY_ENCRYPT_REG_REGION."""
+        yield from self._vendor("KVM_MEMORY_ENCRYPT_REG_REGION", "register_region", hva=hva, size_bytes=size_bytes)
+
+    @operation
+    def unregister_region(self, hva: int, size_bytes: int) -> Steps[None]:
+        """KVM_MEMORY_ENCRYPT_UNREG_REGION."""
+        yield from self._vendor("KVM_MEMORY_ENCRYPT_UNREG_REGION", "unregister_region", hva=hva, size_bytes=size_bytes)
+
+    def _vendor(self, call: str, hook: str, **arguments: Any) -> Steps[Any]:
+        self._alive(call)
+        vm = self.vm
+        if not vm.host.ops.has(hook):
+            raise UapiError(errno.ENOTTY, call, "this VM type has no such call")
+        yield vm.lock.write
+        result = yield from vm.host.ops.call(hook, vm=vm, **arguments)
+        yield vm.lock.release
+        vm.host.ops.quiet(vm)
+        return result
+
+    # ---- launch -----------------------------------------------------------------------------------------------
+
+    @operation
+    def launch_update(self, gpa: int, contents: list[bytes], kind: str = "normal") -> Steps[int]:
+        """Load image pages through the vendor (kvm_gmem_populate, or the hva of a legacy VM). Returns pages loaded.
+
+        EINVAL where a page is not private, has no memslot or no guest_memfd. A failing page ends the call: fewer pages
+        are returned, or its error where it is the first.
+        """
+        call = "launch_update"
+        self._alive(call)
+        vm = self.vm
+        gfns = slice(gpa >> 12, (gpa >> 12) + len(contents), 1)
+        slot = vm.slots.find(gfns.start)
+        if slot is None or gfns.stop > slot.end_gfn or not contents:
+            raise UapiError(errno.EINVAL, call, f"gpa {gpa:#x} is not in one memslot")
+        yield vm.slots_lock.write
+        if vm.caps.private_by_attribute:
+            if slot.gmem is None:
+                raise UapiError(errno.EINVAL, call, "the memslot has no guest_memfd")
+            if not vm.attributes.uniform(gfns.start, gfns.stop, KVM_MEMORY_ATTRIBUTE_PRIVATE):
+                raise UapiError(errno.EINVAL, call, "a page of the image is not private")
+            yield slot.gmem.inode.invalidate_lock.write
+            pfns = slot.gmem.inode.populate(shift(gfns, slot.to_index(gfns)))
+        else:
+            pfns = vm.mm.gup(shift(gfns, slot.hva_page - slot.base_gfn), call)
+        done = len(contents)
+        if vm.host.ops.has("launch_update"):
+            batch = Batch(slot, PG_LEVEL_4K, gfns, pfns)
+            stopped: Stopped | None = yield from vm.host.ops.call(
+                "launch_update", len(contents), vm=vm, batch=batch, contents=contents, kind=kind
+            )
+            if stopped is not None:
+                done = stopped.done
+                if done == 0:
+                    error = stopped.reason.errno if isinstance(stopped.reason, Fatal) else errno.EBUSY
+                    raise UapiError(error, call, f"the vendor refused the page at {gpa:#x}")
+        else:
+            for i, content in enumerate(contents):
+                vm.host.memory.write(part(pfns, i, i + 1), vm.host.memory.intern(content), vm.key)
+        if vm.caps.private_by_attribute and slot.gmem is not None:
+            yield slot.gmem.inode.invalidate_lock.release
+        yield vm.slots_lock.release
+        vm.host.ops.quiet(vm)
+        return done
+
+    @operation
+    def launch_finish(self) -> Steps[None]:
+        """The image is complete; the VM may run."""
+        self._alive("launch_finish")
+        yield self.vm.lock.write
+        yield from self.vm.host.ops.call("launch_finish", vm=self.vm)
+        yield self.vm.lock.release
+        self.vm.host.ops.quiet(self.vm)
+
+    @operation
+    def close(self) -> Steps[None]:
+        """The VM's descriptor is closed; the VM dies with its last guest_memfd."""
+        if not self.closed:
+            self.closed = True
+            yield from self.vm.put()
+
+
+class VcpuFd:
+    """A vCPU's descriptor."""
+
+    def __init__(self, vm: VmFd, vcpu: Vcpu) -> None:
+        self.vm = vm
+        self.vcpu = vcpu
+
+    @property
+    def drive(self) -> Any:
+        return self.vcpu.vm.host.drive
+
+    @operation
+    def run(self, action: Action) -> Steps[ExitReason | None]:
+        """KVM_RUN while the guest performs `action`; None when it is complete, else the exit."""
+        return (yield from self.vcpu.run.steps(action))
+
+    @operation
+    def pre_fault_memory(self, gpa: int, size_bytes: int, flags: int = 0) -> Steps[tuple[int, int]]:
+        """KVM_PRE_FAULT_MEMORY: read faults. Returns (gpa, size) of what is left, (end, 0) when all is done.
+
+        An error after at least one page is not reported: what is left says so.
+        """
+        call = "KVM_PRE_FAULT_MEMORY"
+        vm = self.vcpu.vm
+        self.vm._alive(call)
+        if flags or (gpa | size_bytes) & PAGE_MASK or size_bytes <= 0 or gpa + size_bytes >= 1 << 64:
+            raise UapiError(errno.EINVAL, call, "flags, or gpa and size are not whole pages")
+        if not (vm.caps.prefault and vm.pre_fault_allowed):
+            raise UapiError(errno.EOPNOTSUPP, call, "this VM cannot pre-fault (yet)")
+        if vm.caps.shared_gfn_bit and gpa >> 12 & vm.caps.shared_gfn_bit:
+            raise UapiError(errno.EINVAL, call, "the gpa has the alias bit")
+        gfns: Sel = slice(gpa >> 12, gpa + size_bytes >> 12, 1)
+        done = 0
+        while done < count(gfns):
+            rest = part(gfns, done, count(gfns))
+            private = False
+            if vm.caps.private_by_attribute:
+                attributes = vm.attributes
+                gfn = rest.start if isinstance(rest, slice) else int(array_of(rest)[0])
+                private = gfn < len(attributes.words) and bool(attributes.words[gfn])
+                same = np.flatnonzero((attributes.words[gfn : gfn + count(rest)] != 0) != private)
+                if len(same):
+                    rest = part(rest, 0, int(same[0]))
+            fault = yield from resolve(vm, self.vcpu, rest, False, private, prefetch=True)
+            done += fault.done
+            if fault.ret in (RetPf.FIXED, RetPf.SPURIOUS):
+                continue
+            if fault.ret is RetPf.RETRY and not vm.dead:
+                continue
+            if done == 0:
+                error = errno.EIO if vm.dead else fault.errno
+                raise UapiError(error, call, f"the page at {gpa:#x} cannot be faulted in")
+            break
+        vm.host.ops.quiet(vm)
+        return gpa + done * PAGE_BYTES, size_bytes - done * PAGE_BYTES
+
+
+__all__ = ["Accept", "Convert", "Process", "Touch", "VcpuFd", "VmFd"]

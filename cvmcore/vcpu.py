@@ -1,0 +1,530 @@
+"""vCPUs (kernel: struct kvm_vcpu): what guest code does to memory, and how each thing it does gets through.
+
+`Vcpu.run` is KVM_RUN: it performs one guest action until that is complete or user space is needed. An access is
+walked (TLB, page tables, trusted hardware), what misses is faulted in, and only then the content moves.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from cvmcore.effects import Steps, operation, point
+from cvmcore.errors import InvariantViolation, UapiError
+from cvmcore.mem.fault import MAPPED, Fault, resolve
+from cvmcore.pages import (
+    EMPTY,
+    IntArray,
+    Sel,
+    Words,
+    array_of,
+    as_sel,
+    contiguous,
+    count,
+    expand,
+    first,
+    last,
+    part,
+    pieces,
+    where,
+)
+from cvmcore.tlb import Tlb
+from cvmcore.types import (
+    PG_LEVEL_1G,
+    PG_LEVEL_4K,
+    Access,
+    Done,
+    Exit,
+    ExitReason,
+    Fatal,
+    GuestException,
+    MapGpaRange,
+    Refault,
+    RetPf,
+    Shutdown,
+    Walk,
+    order_of,
+)
+
+if TYPE_CHECKING:
+    from cvmcore.vm import Vm
+
+GUEST = point("guest")
+"""The vCPU runs guest code: others may act."""
+RETRY = point("fault.retry")
+
+STUCK = 10_000
+"""Retries of one fault after which the model itself is at fault."""
+
+
+@attrs.define(eq=False)
+class Action:
+    """Something that guest code does to pages: sorted unique 4K gfns. `done` pages are complete."""
+
+    gfns: Sel
+    done: int = 0
+
+
+@attrs.define(eq=False)
+class Touch(Action):
+    """Read or write whole pages through the private or the shared alias.
+
+    stamps: what is written, one number or one for each gfn. seen: what a read found (uint32, one for each gfn).
+    """
+
+    write: bool = False
+    private: bool = True
+    stamps: int | Words = 0
+    seen: Words | None = None
+
+
+@attrs.define(eq=False)
+class Accept(Action):
+    """Accept (validate) private pages; `level` is the size the guest asks for, gfns the first 4K gfn of each."""
+
+    level: int = PG_LEVEL_4K
+
+
+@attrs.define(eq=False)
+class Convert(Action):
+    """Convert pages to private or to shared."""
+
+    private: bool = True
+
+
+class Vcpu:
+    """One vCPU. `run` executes one guest action until it is complete or user space is needed."""
+
+    def __init__(self, vm: Vm, vcpu_id: int) -> None:
+        self.vm = vm
+        self.id = vcpu_id
+        self.arch: Any = None
+        self.tlb = Tlb()
+        self.in_guest = False
+        self.ran = False
+        self.exits = 0
+        self.faults = 0
+        self.retries = 0
+
+    @property
+    def drive(self) -> Any:
+        return self.vm.host.drive
+
+    def leave(self) -> None:
+        """The vCPU leaves the guest (an exit or a kick)."""
+        if self.in_guest:
+            self.in_guest = False
+            if self.vm.host.ops.has("vcpu_exit"):
+                self.vm.host.ops.call_now("vcpu_exit", vcpu=self)
+
+    def _enter(self) -> Steps[None]:
+        if not self.in_guest:
+            if self.vm.host.ops.has("vcpu_enter"):
+                yield from self.vm.host.ops.call("vcpu_enter", vcpu=self)
+            self.in_guest = True
+            self.ran = self.vm.has_run = True
+
+    @operation
+    def run(self, action: Action) -> Steps[ExitReason | None]:
+        """KVM_RUN while the guest performs `action`. None: it is complete. Else the exit; call again to go on.
+
+        Raises UapiError(EIO) where the VM is dead.
+        """
+        if self.vm.dead:
+            raise UapiError(errno.EIO, "KVM_RUN", f"the VM is dead: {self.vm.dead_because}")
+        yield from self._enter()
+        yield GUEST
+        leave: ExitReason | None = None
+        match action:
+            case Touch():
+                leave = yield from self._touch(action)
+            case Accept():
+                leave = yield from self._accept(action)
+            case Convert():
+                leave = yield from self._convert(action)
+        self.leave()
+        if leave is not None and not isinstance(leave, GuestException):
+            n = leave.exits if isinstance(leave, MapGpaRange) else 1
+            self.exits += n
+            self.vm.host.meter.charge("user_exit", n)
+            self.vm.host.ops.emit("exit", type(leave).__name__, vm=self.vm.id, n=n, info={"exit": leave})
+        self.vm.host.ops.quiet(self.vm)
+        return leave
+
+    # ---- touching ---------------------------------------------------------------------------------------------
+
+    def _touch(self, action: Touch) -> Steps[ExitReason | None]:
+        begin = action.done
+        todo = part(action.gfns, begin, count(action.gfns))
+        for low, high in pieces(todo):
+            leave = yield from self._touch_piece(action, begin + low, begin + high)
+            if leave is not None:
+                return leave
+        return None
+
+    def _touch_piece(self, action: Touch, start: int, stop: int) -> Steps[ExitReason | None]:
+        """Positions [start, stop) of the action: walk, fault in what misses, access."""
+        stuck = 0
+        while start < stop:
+            gfns = part(action.gfns, start, stop)
+            access, n = yield from self._walk(gfns, action.write, action.private)
+            status = access.status
+            if isinstance(status, int):
+                good, missing, kind = (n if status == Walk.OK else 0), (n if status == Walk.MISS else 0), status
+            else:
+                good, missing = _leading(status, 0, n, Walk.OK), 0
+                kind = int(status[good]) if good < n else int(Walk.OK)
+                if kind == Walk.MISS:
+                    neither = status > Walk.MISS
+                    missing = int(np.argmax(neither)) if np.count_nonzero(neither) else n
+            if missing:
+                # Fault in all that misses before anything else decides, then walk again.
+                lost = part(gfns, 0, missing)
+                if not isinstance(status, int):
+                    lost = where(lost, status[:missing] == Walk.MISS)
+                leave, done = yield from self._fault(lost, action.write, action.private)
+                if leave is not None:
+                    if done == count(lost):
+                        return leave
+                    # Pages before the one that leaves are complete, as they would be one by one.
+                    before = start + _position(gfns, first(part(lost, done, done + 1)))
+                    earlier = yield from self._touch_piece(action, start, before)
+                    return earlier or leave
+                stuck = 0 if done else self._stuck(stuck, gfns)
+            elif good:
+                self.tlb.fill(part(gfns, 0, good), part(access.pfns, 0, good), action.write, action.private)
+                self._content(action, start, part(gfns, 0, good), part(access.pfns, 0, good))
+                start += good
+                action.done = start
+            elif kind == Walk.MISMATCH:
+                yield from self._mismatch(part(gfns, 0, 1), action.write)
+                stuck = self._stuck(stuck, gfns)
+            elif kind == Walk.UNACCEPTED and self.vm.caps.unaccepted_is_fatal:
+                self.vm.bug(f"the guest touched gfn {first(gfns):#x}, which it has not accepted")
+                return Shutdown(errno.EIO, self.vm.dead_because)
+            else:
+                return GuestException(first(gfns), Walk(kind).name)
+        return None
+
+    def _walk(self, gfns: Sel, write: bool, private: bool) -> Steps[tuple[Access, int]]:
+        """What TLB, page tables and trusted hardware say; for how many leading gfns (pages of one level at a time)."""
+        vm = self.vm
+        n = count(gfns)
+        root = vm.tdp.root_for(private)
+        ops = vm.host.ops
+        if last(gfns) >= vm.tdp.end_gfn:
+            # Above every memslot there is nothing to walk.
+            n = _below(gfns, vm.tdp.end_gfn)
+            if n == 0:
+                return Access(int(Walk.MISS), EMPTY), count(gfns)
+            gfns = part(gfns, 0, n)
+        if root.external:
+            access: Access = yield from ops.call(
+                "guest_access", n, vm=vm, vcpu=self, gfns=gfns, pfns=EMPTY, level=PG_LEVEL_4K, write=write,
+                private=private,
+            )
+            return self._through_tlb(gfns, access, write, private), n
+        status, pfns, level = root.lookup(gfns, write)
+        if ops.has("guest_access") and not vm.caps.has_mirror and (not isinstance(status, int) or status == Walk.OK):
+            if not isinstance(level, int):
+                n = _leading(level, 0, n, int(level[0]))
+                level = int(level[0])
+                status = status if isinstance(status, int) else status[:n]
+                gfns, pfns = part(gfns, 0, n), part(pfns, 0, n)
+            if isinstance(status, int):
+                access = yield from ops.call(
+                    "guest_access", n, vm=vm, vcpu=self, gfns=gfns, pfns=pfns, level=level, write=write, private=private
+                )
+            else:
+                access = yield from self._check_mapped(gfns, pfns, status, level, write, private)
+        else:
+            access = Access(status, pfns)
+        return self._through_tlb(gfns, access, write, private), n
+
+    def _check_mapped(
+        self, gfns: Sel, pfns: Sel, status: npt.NDArray[np.uint8], level: int, write: bool, private: bool
+    ) -> Steps[Access]:
+        """The hardware's own check for those pages of a mixed batch that the tables map."""
+        mapped = status == Walk.OK
+        some = where(gfns, mapped)
+        at = np.flatnonzero(mapped)
+        access = yield from self.vm.host.ops.call(
+            "guest_access", len(at), vm=self.vm, vcpu=self, gfns=some, pfns=contiguous(array_of(pfns)[at]), level=level,
+            write=write, private=private,
+        )
+        status = status.copy()
+        status[at] = access.status
+        return Access(status, pfns)
+
+    def _through_tlb(self, gfns: Sel, access: Access, write: bool, private: bool) -> Access:
+        """A translation in the TLB is used as it is, even where the tables say otherwise by now."""
+        stale = [
+            (at, pfn)
+            for at, pfn in self.tlb.hits(gfns, write, private)
+            if not isinstance(access.status, int)
+            or access.status != Walk.OK
+            or first(part(access.pfns, at, at + 1)) != pfn
+        ]
+        if stale:
+            n = count(gfns)
+            status = np.full(n, access.status, np.uint8) if isinstance(access.status, int) else access.status.copy()
+            pfns = array_of(access.pfns).copy() if count(access.pfns) == n else np.zeros(n, np.int64)
+            for at, pfn in stale:
+                status[at], pfns[at] = Walk.OK, pfn
+            access = Access(status if np.count_nonzero(status != Walk.OK) else int(Walk.OK), contiguous(pfns))
+        return access
+
+    def _content(self, action: Touch, start: int, gfns: Sel, pfns: Sel) -> None:
+        """The access itself: content through the VM's key, or plain."""
+        host = self.vm.host
+        key = self.vm.key if action.private else 0
+        n = count(gfns)
+        if action.write:
+            stamps = action.stamps if isinstance(action.stamps, int) else action.stamps[start : start + n]
+            host.memory.write(pfns, stamps, key)
+            host.meter.charge("guest_write_4k", n)
+        else:
+            if action.seen is None:
+                action.seen = np.zeros(count(action.gfns), np.uint32)
+            action.seen[start : start + n] = host.memory.read(pfns, key)
+            host.meter.charge("guest_read_4k", n)
+
+    # ---- faulting ---------------------------------------------------------------------------------------------
+
+    def _fault(
+        self, gfns: Sel, write: bool, private: bool, max_level: int = PG_LEVEL_1G
+    ) -> Steps[tuple[ExitReason | None, int]]:
+        """Stage-2 faults on missing gfns: exit, resolve, re-enter. Returns what leaves KVM_RUN, and how many leading
+        gfns are mapped now."""
+        vm = self.vm
+        self.leave()
+        fault: Fault = yield from resolve(vm, self, gfns, write, private, max_level=max_level)
+        self.faults += fault.faults
+        vm.host.meter.charge("vm_exit", fault.faults + (fault.ret not in MAPPED))
+        if fault.ret is RetPf.RETRY:
+            self.retries += 1
+            yield RETRY
+        elif fault.ret not in MAPPED:
+            if fault.exit is not None:
+                return fault.exit, fault.done
+            return Shutdown(fault.errno, fault.why or "the fault could not be resolved"), fault.done
+        if vm.dead:
+            return Shutdown(errno.EIO, vm.dead_because), fault.done
+        yield from self._enter()
+        yield GUEST
+        return None, fault.done
+
+    def _mismatch(self, gfns: Sel, write: bool) -> Steps[None]:
+        """The tables map the page but the trusted table disagrees: exit, and let the backend mend it."""
+        vm = self.vm
+        self.leave()
+        vm.host.meter.charge("vm_exit")
+        root = vm.tdp.root_for(True)
+        _, pfns, level = root.lookup(gfns, False)
+        size = level if isinstance(level, int) else int(level[0])
+        zap = yield from vm.host.ops.call("after_fault", vm=vm, vcpu=self, gfns=gfns, pfns=pfns, level=size)
+        if zap:
+            gfn = first(gfns) & ~511
+            yield vm.mmu_lock.write
+            slot = vm.slots.find(first(gfns))
+            if slot is not None:
+                yield from vm.tdp.zap_leaves(root, slot, max(gfn, slot.base_gfn), min(gfn + 512, slot.end_gfn))
+                yield from vm.flush_tlbs(gfn, gfn + 512)
+            yield vm.mmu_lock.release
+        yield from self._enter()
+
+    def _stuck(self, times: int, gfns: Sel) -> int:
+        """Count retries that mapped nothing; the model never needs many."""
+        if times >= STUCK:
+            what = f"a fault was retried {times} times without progress"
+            raise InvariantViolation(what, gfn=first(gfns), events=self.vm.host.last_events())
+        return times + 1
+
+    # ---- accepting --------------------------------------------------------------------------------------------
+
+    def _accept(self, action: Accept) -> Steps[ExitReason | None]:
+        todo = part(action.gfns, action.done, count(action.gfns))
+        for low, high in list(pieces(todo)):
+            leave = yield from self._accept_pages(part(todo, low, high), action.level)
+            if leave is not None:
+                # What was accepted before stays accepted; the caller retries the piece's rest.
+                action.gfns = _joined(self._pending, part(todo, high, count(todo)))
+                action.done = 0
+                return leave
+            action.done += high - low
+        return None
+
+    def _accept_pages(self, gfns: Sel, level: int) -> Steps[ExitReason | None]:
+        """Accept until all pages are; `self._pending` holds what was left where it had to stop."""
+        stuck = 0
+        self._pending = gfns
+        while count(gfns):
+            access = yield from self._accept_once(gfns, level)
+            if isinstance(access.status, int):
+                if access.status == Walk.OK:
+                    break
+                rest, kind, same = gfns, access.status, count(gfns)
+            else:
+                not_ok = access.status != Walk.OK
+                rest = where(gfns, not_ok)
+                if not count(rest):
+                    break
+                statuses = access.status[not_ok]
+                kind = int(statuses[0])
+                same = _leading(statuses, 0, len(statuses), kind)
+            stuck = 0 if count(rest) < count(gfns) else self._stuck(stuck, gfns)
+            gfns = self._pending = rest
+            if kind == Walk.MISS:
+                ceiling = level if self.vm.caps.fault_tells_accept_level else PG_LEVEL_1G
+                leave, moved = yield from self._fault(part(gfns, 0, same), True, True, max_level=ceiling)
+                if leave is not None:
+                    return leave
+                stuck = 0 if moved else stuck
+            elif kind == Walk.MISMATCH:
+                yield from self._mismatch(part(gfns, 0, 1), True)
+            elif kind == Walk.LARGER:
+                leave = yield from self._split_for_accept(first(gfns), level)
+                if leave is not None:
+                    return leave
+            elif kind == Walk.SMALLER and level > PG_LEVEL_4K:
+                small = expand(part(gfns, 0, same), order_of(level))
+                leave = yield from self._accept_pages(small, PG_LEVEL_4K)
+                if leave is not None:
+                    self._pending = rest
+                    return leave
+                gfns = self._pending = part(rest, same, count(rest))
+            else:
+                return GuestException(first(gfns), Walk(kind).name)
+        self._pending = EMPTY
+        return None
+
+    _pending: Sel = EMPTY
+
+    def _accept_once(self, gfns: Sel, level: int) -> Steps[Access]:
+        """One try. Where the CPU walks KVM's own root, unmapped pages miss before the instruction does anything."""
+        vm = self.vm
+        root = vm.tdp.root_for(True)
+        pfns: Sel = EMPTY
+        map_level = PG_LEVEL_4K
+        if not root.external:
+            if last(gfns) >= vm.tdp.end_gfn:
+                return Access(int(Walk.MISS), EMPTY)
+            status, pfns, levels = root.lookup(gfns, True)
+            if not isinstance(status, int):
+                # Leading mapped pages first, else leading misses.
+                n = _leading(status, 0, len(status), int(status[0]))
+                if status[0] != Walk.OK:
+                    return Access(np.where(np.arange(count(gfns)) < n, status[0], np.uint8(Walk.MISS)), EMPTY)
+                access = yield from self._accept_once(part(gfns, 0, n), level)
+                whole = np.full(count(gfns), Walk.MISS, np.uint8)
+                whole[:n] = access.status
+                return Access(whole, EMPTY)
+            if status != Walk.OK:
+                return Access(status, EMPTY)
+            if not isinstance(levels, int):
+                n = _leading(levels, 0, len(levels), int(levels[0]))
+                access = yield from self._accept_once(part(gfns, 0, n), level)
+                whole = np.full(count(gfns), Walk.MISS, np.uint8)
+                whole[:n] = access.status
+                return Access(whole, EMPTY)
+            map_level = levels
+        result: Access = yield from vm.host.ops.call(
+            "guest_accept", count(gfns), vm=vm, vcpu=self, gfns=gfns, pfns=pfns, level=level, map_level=map_level
+        )
+        return result
+
+    def _split_for_accept(self, gfn: int, level: int) -> Steps[ExitReason | None]:
+        """A larger page than the guest accepts is in the way: split it under mmu_lock (tdx: split on ACCEPT)."""
+        vm = self.vm
+        root = vm.tdp.root_for(True)
+        self.leave()
+        vm.host.meter.charge("vm_exit")
+        if root.mirror:
+            try:
+                vm.topup_spare_tables(1)
+            except UapiError as error:
+                return Shutdown(error.errno, error.why)
+        yield vm.mmu_lock.write
+        found = root.level_at(gfn)
+        stop = None
+        if found > level:
+            stop = yield from vm.tdp.split(root, gfn, found)
+            if stop is None:
+                yield from vm.flush_tlbs(gfn & ~((1 << order_of(found)) - 1), (gfn | ((1 << order_of(found)) - 1)) + 1)
+        yield vm.mmu_lock.release
+        vm.free_spare_tables()
+        if stop is not None and isinstance(stop.reason, Fatal):
+            return Shutdown(stop.reason.errno, stop.reason.why)
+        yield from self._enter()
+        return None
+
+    # ---- converting -------------------------------------------------------------------------------------------
+
+    def _convert(self, action: Convert) -> Steps[ExitReason | None]:
+        vm = self.vm
+        stuck = 0
+        while action.done < count(action.gfns):
+            gfns = part(action.gfns, action.done, count(action.gfns))
+            result = yield from vm.host.ops.call(
+                "guest_convert", count(gfns), vm=vm, vcpu=self, gfns=gfns, private=action.private
+            )
+            if result is None:
+                result = Exit(count(gfns))
+            for vcpu in vm.vcpus:
+                vcpu.tlb.drop(gfns)
+            if isinstance(result, Done):
+                action.done += result.n
+                if result.n:
+                    continue
+                return GuestException(first(gfns), "conversion refused")
+            if isinstance(result, Refault):
+                action.done += result.n
+                leave, moved = yield from self._fault(slice(result.gfn, result.gfn + 1, 1), True, not action.private)
+                if leave is not None:
+                    return leave
+                stuck = 0 if moved else self._stuck(stuck, gfns)
+                continue
+            asked = part(gfns, 0, result.n)
+            action.done += result.n
+            chunks = result.exits or _hypercalls(asked)
+            vm.host.meter.charge("vm_exit", chunks)
+            return MapGpaRange(asked, action.private, chunks)
+        return None
+
+
+def _hypercalls(gfns: Sel) -> int:
+    """Exits that a conversion of these gfns takes: one per contiguous range within a 2 MiB block."""
+    if isinstance(gfns, slice):
+        return (last(gfns) >> 9) - (gfns.start >> 9) + 1 if count(gfns) else 0
+    gaps = (gfns[1:] != gfns[:-1] + 1) | ((gfns[1:] >> 9) != (gfns[:-1] >> 9))
+    return int(np.count_nonzero(gaps)) + 1
+
+
+def _below(gfns: Sel, end: int) -> int:
+    """How many of the 4K gfns lie below `end`."""
+    if isinstance(gfns, slice):
+        return max(0, min(count(gfns), end - int(gfns.start)))
+    return int(np.searchsorted(gfns, end))
+
+
+def _position(gfns: Sel, gfn: int) -> int:
+    """Where a gfn of the batch stands in it."""
+    return (gfn - gfns.start) // (gfns.step or 1) if isinstance(gfns, slice) else int(np.searchsorted(gfns, gfn))
+
+
+def _leading(values: int | npt.NDArray[Any], start: int, n: int, wanted: int) -> int:
+    """How many values from `start` on equal `wanted`; n where there is one value for all."""
+    if isinstance(values, int):
+        return n
+    differs = values[start : start + n] != wanted
+    return int(np.argmax(differs)) if np.count_nonzero(differs) else len(differs)
+
+
+def _joined(head: Sel, tail: Sel) -> Sel:
+    """Two selectors, the second behind the first."""
+    both: IntArray = np.concatenate([array_of(head), array_of(tail)])
+    return as_sel(both)

@@ -1,0 +1,413 @@
+"""VMs (kernel: struct kvm): what a VM owns, how its memslots and files change, how it is made and destroyed.
+
+Everything here is below the UAPI: arguments are checked in `cvmcore.uapi`.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cvmcore.effects import Lock, Steps
+from cvmcore.errors import UapiError
+from cvmcore.mem import invalidate
+from cvmcore.mem.attributes import Attributes
+from cvmcore.mem.gmem import GmemFile
+from cvmcore.mem.mm import Mm
+from cvmcore.mem.slots import Memslot, Memslots
+from cvmcore.mem.tdp import FRAME_SHIFT, PRESENT, TABLE, WRITABLE, Root, Tdp
+from cvmcore.pages import (
+    Sel,
+    array_of,
+    blocks,
+    contiguous,
+    count,
+    first,
+    last,
+    part,
+    take,
+    zeros,
+)
+from cvmcore.types import (
+    PAGE_BYTES,
+    PG_LEVEL_1G,
+    PG_LEVEL_2M,
+    PG_LEVEL_4K,
+    Batch,
+    Capabilities,
+    Change,
+    Filter,
+    Use,
+    order_of,
+)
+
+if TYPE_CHECKING:
+    from cvmcore.host import Host
+    from cvmcore.vcpu import Vcpu
+
+class Vm:
+    """One VM and all that is per VM: memslots, attributes, page tables, the invalidation frame, vCPUs."""
+
+    def __init__(self, host: Host, vm_id: int, vm_type: str, caps: Capabilities, options: dict[str, Any], mm: Mm):
+        self.host = host
+        self.id = vm_id
+        self.vm_type = vm_type
+        self.caps = caps
+        self.options = options
+        self.mm = mm
+        self.arch: Any = None
+        self.key = 0
+        self.slots = Memslots()
+        self.attributes = Attributes()
+        self.frame = invalidate.Frame()
+        self.tdp = Tdp(self)
+        self.vcpus: list[Vcpu] = []
+        self.gmem_files: list[GmemFile] = []
+        self.dead = False
+        self.dead_because = ""
+        self.has_run = False
+        self.destroyed = False
+        self.users = 1
+        """References: the VM's descriptor, and every open guest_memfd."""
+        self.memlock_pages = 0
+        self.pre_fault_allowed = True
+        """Whether KVM_PRE_FAULT_MEMORY works yet; a vendor that seals an image first sets it at launch_finish."""
+        self.fast_zap = not (caps.private_by_attribute or caps.mediated_root)
+        """Memslot deletion zaps all direct roots (KVM_X86_QUIRK_SLOT_ZAP_ALL, default VM types)."""
+        self.spare_tables: list[Sel] = []
+        self.kicks = 0
+
+        self.lock = Lock(f"vm{vm_id}.kvm_lock", 10)
+        self.slots_lock = Lock(f"vm{vm_id}.slots_lock", 20)
+        self.slots_arch_lock = Lock(f"vm{vm_id}.slots_arch_lock", 30)
+        self.srcu = Lock(f"vm{vm_id}.srcu", 35)
+        self.notifier_count = Lock(f"vm{vm_id}.mn_active", 25)
+        self.mmu_lock = Lock(f"vm{vm_id}.mmu_lock", 60)
+        mm.notifiers.append(self)
+
+    @property
+    def drive(self) -> Any:
+        return self.host.drive
+
+    # ---- the frame, as the fault path asks --------------------------------------------------------------------
+
+    @property
+    def invalidate_seq(self) -> int:
+        return self.frame.seq
+
+    def blocked(self, gfns: Sel) -> bool:
+        """Whether a gfn of the batch lies in a range that is being invalidated (mmu_invalidate_retry_gfn)."""
+        frame = self.frame
+        if not frame.in_progress or not count(gfns):
+            return False
+        if isinstance(gfns, slice):
+            return gfns.start < frame.end and frame.start < last(gfns) + 1
+        return bool(np.searchsorted(gfns, frame.end) > np.searchsorted(gfns, frame.start))
+
+    def uses_gmem(self, slot: Memslot, private: bool) -> bool:
+        """Whether a fault of this kind is served from the slot's guest_memfd."""
+        return slot.gmem_only or (private and self.caps.private_by_attribute)
+
+    # ---- life and death ---------------------------------------------------------------------------------------
+
+    def bug(self, why: str) -> None:
+        """KVM_BUG_ON: the VM is dead; nobody enters the guest again."""
+        if not self.dead:
+            self.dead, self.dead_because = True, why
+            self.host.ops.emit("vm", "bug", vm=self.id, info={"why": why})
+            self.kick_all_vcpus()
+
+    def kick_all_vcpus(self) -> None:
+        """kvm_make_all_cpus_request: every vCPU leaves the guest."""
+        self.kicks += 1
+        for vcpu in self.vcpus:
+            if vcpu.in_guest:
+                vcpu.leave()
+
+    def charge_memlock(self, nr_pages: int, call: str) -> None:
+        """Account locked pages against RLIMIT_MEMLOCK. UapiError(ENOMEM) beyond it, nothing is accounted then."""
+        limit = self.host.memlock_limit_bytes
+        if nr_pages > 0 and limit is not None and (self.memlock_pages + nr_pages) * PAGE_BYTES > limit:
+            raise UapiError(errno.ENOMEM, call, f"RLIMIT_MEMLOCK of {limit} bytes would be exceeded")
+        self.memlock_pages += nr_pages
+
+    def walk(self, gfns: Sel, private: bool) -> tuple[int | npt.NDArray[np.uint8], Sel, int | npt.NDArray[np.uint8]]:
+        """The CPU's walk of the root for this access: status (Walk), frames where OK, levels."""
+        return self.tdp.root_for(private).lookup(gfns, False)
+
+    def gup_range(self, hva: int, size_bytes: int) -> list[Sel]:
+        """The frames behind an hva range, faulted in, one selector per mapping part. UapiError(EFAULT) for a hole."""
+        start, n = hva >> 12, -(-(hva + size_bytes) // PAGE_BYTES) - (hva >> 12)
+        found = [self.mm.gup(pages) for _, pages in self.mm.ranges(start, n)]
+        if sum(count(pfns) for pfns in found) != n:
+            raise UapiError(errno.EFAULT, "pin_user_pages", f"hva {hva:#x} is not wholly mapped")
+        return found
+
+    # ---- external tables --------------------------------------------------------------------------------------
+
+    def topup_tables(self, root: Root, gfns: Sel) -> None:
+        """Fill the cache of external table pages with what a walk to 4K would link (mmu_topup_memory_caches).
+
+        The kernel tops up per vCPU to a fixed depth; here exactly what the batch needs is taken, so that a batch and
+        its pages one by one leave the same behind. UapiError(ENOMEM): nothing was taken.
+        """
+        need = 0
+        for level in range(len(root.entries) - 1, PG_LEVEL_4K, -1):
+            words = take(root.entries[level], blocks(gfns, order_of(level)))
+            need += len(words) - int(np.count_nonzero(words))
+        self.topup_spare_tables(need)
+
+    def topup_spare_tables(self, n: int) -> None:
+        """n external table pages in the cache, before mmu_lock: nothing is allocated under it. UapiError(ENOMEM)."""
+        need = n - sum(count(tables) for tables in self.spare_tables)
+        if need > 0:
+            self.spare_tables.append(self.host.frames.alloc(need, Use.TABLE))
+
+    def take_tables(self, n: int) -> Sel:
+        """n external table pages: from the cache, else from the host."""
+        if not self.spare_tables:
+            return self.host.frames.alloc(n, Use.TABLE)
+        spare = self.spare_tables[0] if len(self.spare_tables) == 1 else contiguous(
+            np.concatenate([array_of(tables) for tables in self.spare_tables])
+        )
+        taken, rest = part(spare, 0, n), part(spare, n, count(spare))
+        self.spare_tables = [rest] if count(rest) else []
+        if count(taken) < n:
+            more = self.host.frames.alloc(n - count(taken), Use.TABLE)
+            taken = contiguous(np.concatenate([array_of(taken), array_of(more)]))
+        return taken
+
+    def free_spare_tables(self) -> None:
+        """What a fault topped up and did not link goes back, so that a batch leaves what its pages one by one leave."""
+        for tables in self.spare_tables:
+            self.host.frames.free(tables)
+        self.spare_tables = []
+
+    def give_tables(self, tables: Sel) -> None:
+        """External table pages that the host has back."""
+        self.host.frames.free(tables)
+
+    # ---- TLBs -------------------------------------------------------------------------------------------------
+
+    def flush_tlbs(self, start: int, end: int) -> Steps[None]:
+        """Flush gfns [start, end) from every vCPU's TLB (kvm_flush_remote_tlbs_range)."""
+        done = yield from self.host.ops.call("flush_remote_tlbs", vm=self, start=start, end=end)
+        if not done:
+            running = sum(vcpu.ran for vcpu in self.vcpus)
+            self.host.meter.charge("tlb_flush_base")
+            self.host.meter.charge("tlb_flush_per_cpu", running)
+        for vcpu in self.vcpus:
+            vcpu.tlb.flush(start, end)
+
+    # ---- memslots ---------------------------------------------------------------------------------------------
+
+    def set_memslot(self, old: Memslot | None, new: Memslot | None, change: Change) -> Steps[None]:
+        """kvm_set_memslot, slots_lock held: install, delete, move, or change flags."""
+        if new is not None and change is Change.CREATE:
+            new.alloc_lpage_info()
+        if change in (Change.DELETE, Change.MOVE):
+            assert old is not None
+            yield from self._invalidate_slot(old)
+        try:
+            yield from self.host.ops.call("memslot_prepare", vm=self, old=old, new=new, change=change)
+        except UapiError:
+            if old is not None:
+                old.invalid = False
+            raise
+        if new is not None:
+            self._cover(new)
+            if change is Change.MOVE:
+                new.lpage = {}
+                new.alloc_lpage_info()
+            self.attributes.init_slot(new) if change in (Change.CREATE, Change.MOVE) else None
+        if new is not None and new.logs_dirty and new.dirty is None:
+            new.dirty = zeros(new.npages, np.uint8)
+        self.slots.replace(old, new)
+        yield self.srcu.write
+        yield self.srcu.release
+        if new is not None and new.gmem is not None and change is Change.CREATE:
+            new.gmem.bind(new)
+        if change is Change.FLAGS_ONLY:
+            assert old is not None and new is not None
+            yield from self._apply_flags(old, new)
+        if change is Change.DELETE:
+            assert old is not None
+            if old.gmem is not None:
+                yield old.gmem.inode.invalidate_lock.write
+                old.gmem.unbind(old)
+                yield old.gmem.inode.invalidate_lock.release
+            yield from self.host.ops.call("memslot_free", vm=self, slot=old)
+        self.host.meter.charge("memslot_call")
+        self.host.ops.emit(
+            "memslot", change.value, vm=self.id,
+            gfns=slice((new or old).base_gfn, (new or old).end_gfn, 1),  # type: ignore[union-attr]
+        )
+
+    def _cover(self, slot: Memslot) -> None:
+        try:
+            self.tdp.cover(slot.end_gfn)
+            if self.caps.private_by_attribute:
+                self.attributes.cover(slot.end_gfn)
+        except MemoryError:
+            raise UapiError(errno.ENOMEM, "KVM_SET_USER_MEMORY_REGION2", "no memory for the slot's tables") from None
+
+    def _invalidate_slot(self, slot: Memslot) -> Steps[None]:
+        """Install the INVALID copy, wait for notifiers and readers, zap (kvm_invalidate_memslot)."""
+        yield self.notifier_count.write
+        slot.invalid = True
+        yield self.notifier_count.release
+        yield self.srcu.write
+        yield self.srcu.release
+        zapped = yield from invalidate.flush_slot(self, slot)
+        yield from self.host.ops.call("memory_reclaimed", vm=self, nr_pages=zapped)
+
+    def _apply_flags(self, old: Memslot, new: Memslot) -> Steps[None]:
+        """Dirty logging goes on (split, write-protect) or off (huge pages come back)
+        (kvm_mmu_slot_apply_flags, kvm_mmu_recover_huge_pages)."""
+        root = self.tdp.direct
+        if new.logs_dirty and not old.logs_dirty:
+            yield self.mmu_lock.write
+            for level in (PG_LEVEL_1G, PG_LEVEL_2M):
+                for found, index in list(root.leaves_in(new.base_gfn, new.end_gfn)):
+                    if found == level:
+                        for at in array_of(index).tolist():
+                            yield from self.tdp.split(root, at << order_of(level), level)
+            if self.tdp.write_protect(root, slice(new.base_gfn, new.end_gfn, 1)):
+                yield from self.flush_tlbs(new.base_gfn, new.end_gfn)
+            yield self.mmu_lock.release
+        elif old.logs_dirty and not new.logs_dirty:
+            new.dirty = None
+            yield self.mmu_lock.read
+            yield from self._recover(root, new)
+            yield self.mmu_lock.release
+
+    def _recover(self, root: Root, slot: Memslot) -> Steps[None]:
+        """Tables of a direct root that may be large again are replaced by huge leaves, then one flush."""
+        if root.external or self.caps.max_shared_level < PG_LEVEL_2M:
+            return
+        recovered = False
+        low, high = -(-slot.base_gfn // 512), slot.end_gfn >> 9
+        for block in range(low, high):
+            words = root.entries[PG_LEVEL_4K][block << 9 : (block + 1) << 9]
+            present = np.flatnonzero(words & np.uint32(PRESENT))
+            if not int(root.entries[PG_LEVEL_2M][block]) & TABLE or not len(present):
+                continue
+            if slot.lpage[PG_LEVEL_2M][block - (slot.base_gfn >> 9)]:
+                continue
+            gfn = (block << 9) + int(present[0])
+            if slot.gmem_only or self.mm.resident_level(slot.hva_page + gfn - slot.base_gfn) < PG_LEVEL_2M:
+                continue
+            word = int(words[present[0]])
+            pfn = word >> FRAME_SHIFT & ~511
+            yield from self.tdp.collapse(root, block << 9, PG_LEVEL_2M, pfn, word & WRITABLE)
+            recovered = True
+        if recovered:
+            yield from self.flush_tlbs(slot.base_gfn, slot.end_gfn)
+
+    def get_dirty_log(self, slot: Memslot) -> Steps[npt.NDArray[np.uint8]]:
+        """The slot's dirty bytes, cleared and write-protected again (kvm_vm_ioctl_get_dirty_log)."""
+        assert slot.dirty is not None
+        yield self.mmu_lock.write
+        log = slot.dirty.copy()
+        slot.dirty[:] = 0
+        dirty = np.flatnonzero(log)
+        if len(dirty):
+            span = slice(slot.base_gfn + int(dirty[0]), slot.base_gfn + int(dirty[-1]) + 1, 1)
+            if self.tdp.write_protect(self.tdp.direct, span):
+                yield from self.flush_tlbs(span.start, span.stop)
+        yield self.mmu_lock.release
+        return log
+
+    # ---- notifiers and files ----------------------------------------------------------------------------------
+
+    def unmap_hva_range(self, hva_page: int, n: int, take_away: Steps[None]) -> Steps[None]:
+        """The mmu notifier: the host takes pages of the VMM away; shared mappings go, guest_memfd has no hva. Without a
+        mirror private mappings of these gfns go too, and fault in again."""
+        ranges = self.slots.in_hva_range(hva_page, n)
+        if not self.caps.honours_notifiers or self.destroyed or not ranges:
+            yield from take_away
+            return
+        yield self.notifier_count.read
+        zapped = yield from invalidate.begin(self, ranges, Filter.SHARED)
+        yield from self.host.ops.call("memory_reclaimed", vm=self, nr_pages=zapped)
+        yield from take_away
+        yield from invalidate.end(self)
+        yield self.notifier_count.release
+
+    def release(self) -> Steps[None]:
+        """The VMM's address space goes away (kvm_flush_shadow_all): all direct roots are zapped, invalid ones included,
+        without a flush, since no vCPU can run any more. External roots stay: their pages are not the VMM's."""
+        for vcpu in self.vcpus:
+            vcpu.leave()
+            vcpu.tlb.flush(0, 1 << 52)
+        pages = 0
+        if not self.tdp.direct.external:
+            yield self.mmu_lock.write
+            self.tdp.fast_zap()
+            yield self.mmu_lock.release
+            yield self.mmu_lock.read
+            for root in list(self.tdp.invalid):
+                pages += root.pages_mapped
+                self.tdp.drop_root(root)
+            yield self.mmu_lock.release
+        yield from self.host.ops.call("memory_reclaimed", vm=self, nr_pages=pages)
+
+    def gmem_release(self, file: GmemFile) -> Steps[None]:
+        """The last reference to a guest_memfd file is gone."""
+        yield self.slots_lock.write
+        yield from invalidate.release(file)
+        yield self.slots_lock.release
+        self.gmem_files.remove(file)
+        yield from self.put()
+
+    def put(self) -> Steps[None]:
+        """Drop a reference to the VM; the last one destroys it."""
+        self.users -= 1
+        if self.users == 0:
+            yield from self._destroy()
+
+    def _destroy(self) -> Steps[None]:
+        """kvm_destroy_vm: keys out, notifier off, vCPUs, roots, external tables, vendor, slots."""
+        ops = self.host.ops
+        self.destroyed = True
+        for vcpu in self.vcpus:
+            vcpu.leave()
+        yield from ops.call("vm_pre_destroy", vm=self)
+        if self in self.mm.notifiers:
+            self.mm.notifiers.remove(self)
+        for vcpu in self.vcpus:
+            yield from ops.call("vcpu_free", vcpu=vcpu)
+        yield self.mmu_lock.write
+        for root in [*self.tdp.roots(), *self.tdp.invalid]:
+            for slot in self.slots:
+                yield from self.tdp.zap_leaves(root, slot, slot.base_gfn, slot.end_gfn)
+        yield from self.tdp.free_mirror()
+        yield self.mmu_lock.release
+        self.free_spare_tables()
+        yield from ops.call("vm_destroy", vm=self)
+        for slot in list(self.slots):
+            yield from ops.call("memslot_free", vm=self, slot=slot)
+            self.slots.replace(slot, None)
+        self.host.vms.remove(self)
+        ops.emit("vm", "destroy", vm=self.id)
+
+    # ---- before the VM runs -----------------------------------------------------------------------------------
+
+    def map_private(self, batch: Batch) -> Steps[None]:
+        """kvm_tdp_mmu_map_private_pfn: map image pages, level 4K, before the VM runs. Anything but success is
+        UapiError(EIO)."""
+        root = self.tdp.root_for(True)
+        if root.mirror:
+            self.topup_tables(root, batch.gfns)
+        yield self.mmu_lock.read
+        linked, _ = yield from self.tdp.link_tables(root, PG_LEVEL_4K, batch.gfns)
+        free = linked == len(batch) and not np.count_nonzero(take(root.entries[PG_LEVEL_4K], batch.blocks))
+        stop = None
+        if free:
+            stop = yield from self.tdp.map_leaves(root, batch, WRITABLE)
+        yield self.mmu_lock.release
+        if not free or stop is not None:
+            raise UapiError(errno.EIO, "kvm_tdp_mmu_map_private_pfn", f"gfn {first(batch.gfns):#x} could not be mapped")
