@@ -1,0 +1,39 @@
+"""The README's examples run, and what it names is there."""
+
+from __future__ import annotations
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+
+
+def test_examples() -> None:
+    pytest.importorskip("cvmcore_sev")
+
+    failed, tried = doctest.testfile(str(README), module_relative=False)
+
+    assert tried
+    assert not failed
+
+
+def test_the_map_names_what_exists() -> None:
+    """Each path in the table of the tree, and each link."""
+    text = README.read_text(encoding="utf-8")
+    tree = text[text.index("## The tree") : text.index("## The trusted hardware alone")]
+    missing = []
+    for cell in re.findall(r"^\| (`.*?) \|", tree, re.MULTILINE):
+        names = re.findall(r"`([^`]+)`", cell)
+        folder = names[0] if names[0].endswith("/") else str(Path(names[0]).parent)
+        missing += [
+            name
+            for name in names
+            if not any((place / name).exists() for place in (ROOT, ROOT / folder, ROOT / "cvmcore"))
+        ]
+    missing += [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not (ROOT / link).exists()]
+
+    assert missing == []
