@@ -16,6 +16,7 @@ import numpy.typing as npt
 from cvmcore.effects import Steps, operation, point
 from cvmcore.errors import InvariantViolation, UapiError
 from cvmcore.mem.fault import MAPPED, Fault, resolve
+from cvmcore.mem.tdp import TableCache
 from cvmcore.pages import (
     EMPTY,
     IntArray,
@@ -30,6 +31,8 @@ from cvmcore.pages import (
     last,
     part,
     pieces,
+    shift,
+    take,
     where,
 )
 from cvmcore.tlb import Tlb
@@ -104,6 +107,7 @@ class Vcpu:
         self.id = vcpu_id
         self.arch: Any = None
         self.tlb = Tlb()
+        self.tables = TableCache(vm.host.frames)
         self.in_guest = False
         self.ran = False
         self.exits = 0
@@ -186,6 +190,8 @@ class Vcpu:
                 lost = part(gfns, 0, missing)
                 if not isinstance(status, int):
                     lost = where(lost, status[:missing] == Walk.MISS)
+                if action.private and self.vm.caps.needs_accept:
+                    lost = part(lost, 0, (yield from self._accepted_before(lost, action.write)))
                 leave, done = yield from self._fault(lost, action.write, action.private)
                 if leave is not None:
                     if done == count(lost):
@@ -277,6 +283,27 @@ class Vcpu:
                 status[at], pfns[at] = Walk.OK, pfn
             access = Access(status if np.count_nonzero(status != Walk.OK) else int(Walk.OK), contiguous(pfns))
         return access
+
+    def _accepted_before(self, gfns: Sel, write: bool) -> Steps[int]:
+        """How many leading pages to fault in at once: those that the guest will find accepted, at least one.
+
+        The page after them ends in an exception, behind which one by one nothing would be faulted in.
+        """
+        vm = self.vm
+        slot = vm.slots.find(first(gfns))
+        if vm.tdp.root_for(True).external or slot is None or slot.gmem is None or last(gfns) >= slot.end_gfn:
+            return 1
+        words = take(slot.gmem.inode.words, shift(gfns, slot.to_index(gfns)))
+        n = _leading(words != 0, 0, len(words), True)
+        if n == 0:
+            return 1
+        access: Access = yield from vm.host.ops.call(
+            "guest_access", n, vm=vm, vcpu=self, gfns=part(gfns, 0, n), pfns=contiguous(words[:n] >> np.uint32(5)),
+            level=PG_LEVEL_4K, write=write, private=True,
+        )
+        if isinstance(access.status, int):
+            return 1 if access.status == Walk.UNACCEPTED else n
+        return max(1, _leading(access.status != Walk.UNACCEPTED, 0, n, True))
 
     def _content(self, action: Touch, start: int, gfns: Sel, pfns: Sel) -> None:
         """The access itself: content through the VM's key, or plain."""
@@ -445,7 +472,7 @@ class Vcpu:
         vm.host.meter.charge("vm_exit")
         if root.mirror:
             try:
-                vm.topup_spare_tables(1)
+                vm.tables.topup(1)
             except UapiError as error:
                 return Shutdown(error.errno, error.why)
         yield vm.mmu_lock.write
@@ -456,7 +483,7 @@ class Vcpu:
             if stop is None:
                 yield from vm.flush_tlbs(gfn & ~((1 << order_of(found)) - 1), (gfn | ((1 << order_of(found)) - 1)) + 1)
         yield vm.mmu_lock.release
-        vm.free_spare_tables()
+        vm.tables.give_back()
         if stop is not None and isinstance(stop.reason, Fatal):
             return Shutdown(stop.reason.errno, stop.reason.why)
         yield from self._enter()

@@ -18,16 +18,13 @@ from cvmcore.mem.attributes import Attributes
 from cvmcore.mem.gmem import GmemFile
 from cvmcore.mem.mm import Mm
 from cvmcore.mem.slots import Memslot, Memslots
-from cvmcore.mem.tdp import FRAME_SHIFT, PRESENT, TABLE, WRITABLE, Root, Tdp
+from cvmcore.mem.tdp import FRAME_SHIFT, PRESENT, TABLE, WRITABLE, Root, TableCache, Tdp
 from cvmcore.pages import (
     Sel,
     array_of,
-    blocks,
-    contiguous,
     count,
     first,
     last,
-    part,
     take,
     zeros,
 )
@@ -40,7 +37,6 @@ from cvmcore.types import (
     Capabilities,
     Change,
     Filter,
-    Use,
     order_of,
 )
 
@@ -77,12 +73,12 @@ class Vm:
         """Whether KVM_PRE_FAULT_MEMORY works yet; a vendor that seals an image first sets it at launch_finish."""
         self.fast_zap = not (caps.private_by_attribute or caps.mediated_root)
         """Memslot deletion zaps all direct roots (KVM_X86_QUIRK_SLOT_ZAP_ALL, default VM types)."""
-        self.spare_tables: list[Sel] = []
+        self.tables = TableCache(host.frames)
+        """Table pages for what changes mappings outside a fault: splits, and image pages before the VM runs."""
         self.kicks = 0
 
         self.lock = Lock(f"vm{vm_id}.kvm_lock", 10)
         self.slots_lock = Lock(f"vm{vm_id}.slots_lock", 20)
-        self.slots_arch_lock = Lock(f"vm{vm_id}.slots_arch_lock", 30)
         self.srcu = Lock(f"vm{vm_id}.srcu", 35)
         self.notifier_count = Lock(f"vm{vm_id}.mn_active", 25)
         self.mmu_lock = Lock(f"vm{vm_id}.mmu_lock", 60)
@@ -93,10 +89,6 @@ class Vm:
         return self.host.drive
 
     # ---- the frame, as the fault path asks --------------------------------------------------------------------
-
-    @property
-    def invalidate_seq(self) -> int:
-        return self.frame.seq
 
     def blocked(self, gfns: Sel) -> bool:
         """Whether a gfn of the batch lies in a range that is being invalidated (mmu_invalidate_retry_gfn)."""
@@ -145,50 +137,6 @@ class Vm:
         if sum(count(pfns) for pfns in found) != n:
             raise UapiError(errno.EFAULT, "pin_user_pages", f"hva {hva:#x} is not wholly mapped")
         return found
-
-    # ---- external tables --------------------------------------------------------------------------------------
-
-    def topup_tables(self, root: Root, gfns: Sel) -> None:
-        """Fill the cache of external table pages with what a walk to 4K would link (mmu_topup_memory_caches).
-
-        The kernel tops up per vCPU to a fixed depth; here exactly what the batch needs is taken, so that a batch and
-        its pages one by one leave the same behind. UapiError(ENOMEM): nothing was taken.
-        """
-        need = 0
-        for level in range(len(root.entries) - 1, PG_LEVEL_4K, -1):
-            words = take(root.entries[level], blocks(gfns, order_of(level)))
-            need += len(words) - int(np.count_nonzero(words))
-        self.topup_spare_tables(need)
-
-    def topup_spare_tables(self, n: int) -> None:
-        """n external table pages in the cache, before mmu_lock: nothing is allocated under it. UapiError(ENOMEM)."""
-        need = n - sum(count(tables) for tables in self.spare_tables)
-        if need > 0:
-            self.spare_tables.append(self.host.frames.alloc(need, Use.TABLE))
-
-    def take_tables(self, n: int) -> Sel:
-        """n external table pages: from the cache, else from the host."""
-        if not self.spare_tables:
-            return self.host.frames.alloc(n, Use.TABLE)
-        spare = self.spare_tables[0] if len(self.spare_tables) == 1 else contiguous(
-            np.concatenate([array_of(tables) for tables in self.spare_tables])
-        )
-        taken, rest = part(spare, 0, n), part(spare, n, count(spare))
-        self.spare_tables = [rest] if count(rest) else []
-        if count(taken) < n:
-            more = self.host.frames.alloc(n - count(taken), Use.TABLE)
-            taken = contiguous(np.concatenate([array_of(taken), array_of(more)]))
-        return taken
-
-    def free_spare_tables(self) -> None:
-        """What a fault topped up and did not link goes back, so that a batch leaves what its pages one by one leave."""
-        for tables in self.spare_tables:
-            self.host.frames.free(tables)
-        self.spare_tables = []
-
-    def give_tables(self, tables: Sel) -> None:
-        """External table pages that the host has back."""
-        self.host.frames.free(tables)
 
     # ---- TLBs -------------------------------------------------------------------------------------------------
 
@@ -302,7 +250,12 @@ class Vm:
                 continue
             word = int(words[present[0]])
             pfn = word >> FRAME_SHIFT & ~511
-            yield from self.tdp.collapse(root, block << 9, PG_LEVEL_2M, pfn, word & WRITABLE)
+            if self.caps.needs_pin:
+                # A huge leaf would map pages that nobody pinned. The next fault pins, and maps them large
+                # (in-place recovery came with v6.13; zapping is what the kernel did before).
+                yield from self.tdp.zap_leaves(root, slot, block << 9, (block + 1) << 9)
+            else:
+                yield from self.tdp.collapse(root, block << 9, PG_LEVEL_2M, pfn, word & WRITABLE)
             recovered = True
         if recovered:
             yield from self.flush_tlbs(slot.base_gfn, slot.end_gfn)
@@ -386,7 +339,6 @@ class Vm:
                 yield from self.tdp.zap_leaves(root, slot, slot.base_gfn, slot.end_gfn)
         yield from self.tdp.free_mirror()
         yield self.mmu_lock.release
-        self.free_spare_tables()
         yield from ops.call("vm_destroy", vm=self)
         for slot in list(self.slots):
             yield from ops.call("memslot_free", vm=self, slot=slot)
@@ -401,7 +353,7 @@ class Vm:
         UapiError(EIO)."""
         root = self.tdp.root_for(True)
         if root.mirror:
-            self.topup_tables(root, batch.gfns)
+            self.tables.topup_walk(root, batch.gfns)
         yield self.mmu_lock.read
         linked, _ = yield from self.tdp.link_tables(root, PG_LEVEL_4K, batch.gfns)
         free = linked == len(batch) and not np.count_nonzero(take(root.entries[PG_LEVEL_4K], batch.blocks))

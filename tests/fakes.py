@@ -13,6 +13,7 @@ from typing import Any
 
 import attrs
 import numpy as np
+import numpy.typing as npt
 
 from cvmcore.backend import Backend
 from cvmcore.backends.default import DEFAULT
@@ -39,7 +40,6 @@ from cvmcore.types import (
     HostView,
     InstallResult,
     Reason,
-    Retry,
     Stopped,
     VmView,
     Walk,
@@ -307,6 +307,20 @@ class FakeMirror:
         return Access(_uniform(status), contiguous(pfns))
 
 
+    @hookimpl
+    def read_private_spte(
+        self, vm: VmView, gfns: Sel, level: int
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        table: TrustedTable = vm.arch
+        position = {block: i for i, block in enumerate((array_of(gfns) >> order_of(level)).tolist())}
+        state, frame = np.zeros(count(gfns), np.uint8), np.zeros(count(gfns), np.int64)
+        for (at, block), (kind, number) in table.entries.items():
+            if at == level and block in position:
+                state[position[block]] = 1 if kind == "leaf" else 2
+                frame[position[block]] = number
+        return state, frame
+
+
 class FakePins(FakeMirror):
     """Pins frames of a mediated root, prepares guest_memfd pages, tops up caches: the install hooks before the lock."""
 
@@ -563,10 +577,6 @@ class Box:
         """The process ends; nothing may be left."""
         self.machine.destroy()
         assert self.machine.leftovers() == []
-
-
-def retry() -> Retry:
-    return Retry()
 
 
 def sel(*gfns: int) -> Sel:

@@ -465,9 +465,6 @@ def test_accepting(story: list[tuple[str, Sel]]) -> None:
         assert batch.vm.arch.accepted == single.vm.arch.accepted
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a touch faults in all that misses before the hardware can say that the first is unaccepted"
-)
 def test_touch_of_pages_that_were_not_accepted() -> None:
     """The guest takes an exception at the first; those above are untouched."""
     batch, single = pair(GUARDED, "4k")

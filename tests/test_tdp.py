@@ -269,6 +269,7 @@ def test_split_of_a_mirror_leaf_keeps_content() -> None:
     box = Box(MIRROR, 1024, backing="2m")
     box.touch(slice(512, 1024, 1))
 
+    box.vm.tables.topup(1)
     assert drain(box.vm.tdp.split(box.root(), 512, 2)) is None
 
     box.check_mirror()
@@ -284,6 +285,7 @@ def test_a_refused_split_keeps_the_huge_leaf(reason: Any) -> None:
     tables = box.host.frames.outstanding()[Use.TABLE]
     box.hw.refuse("split_private_spt", 1, 0, reason)
 
+    box.vm.tables.topup(1)
     stop = drain(box.vm.tdp.split(box.root(), 512, 2))
 
     assert stop is not None

@@ -67,161 +67,258 @@ def resolve(
     vm: Vm, vcpu: Vcpu, gfns: Sel, write: bool, private: bool, *, prefetch: bool = False, max_level: int = PG_LEVEL_1G
 ) -> Steps[Fault]:
     """Resolve faults on sorted unique 4K gfns, all of one access kind. Never raises for what a guest can cause."""
+    access = Access(vm, vcpu, write, private, prefetch)
     done = faults = 0
     ret = RetPf.SPURIOUS
     yield vm.srcu.read
     for start, stop, slot in list(vm.slots.split(gfns)):
         while start < stop and ret in MAPPED:
-            part_of = part(gfns, start, stop)
-            result = yield from _resolve_in_slot(vm, vcpu, slot, part_of, write, private, prefetch, max_level)
+            result = yield from _Stretch(access, slot, part(gfns, start, stop), max_level).resolve()
             start += result.done
             done += result.done
             faults += result.faults
             if result.ret is not RetPf.SPURIOUS:
                 ret = result.ret
-    vm.free_spare_tables()
+    vcpu.tables.give_back()
     yield vm.srcu.release
     return Fault(done, ret, faults=faults) if ret in MAPPED else attrs.evolve(result, done=done, faults=faults)
 
 
-def _resolve_in_slot(
-    vm: Vm, vcpu: Vcpu, slot: Memslot | None, gfns: Sel, write: bool, private: bool, prefetch: bool, max_level: int
-) -> Steps[Fault]:
-    """One stretch of gfns within one slot; may stop early with FIXED where the mapping level changes."""
-    n = asked_for = count(gfns)
-    root = vm.tdp.root_for(private)
-    limit: Fault | None = None
-    """How the first page behind the batch ends."""
-    try:
-        if root.mirror and slot is not None:
-            vm.topup_tables(root, gfns)
-    except UapiError as error:
-        if asked_for > 1:
-            return (yield from _resolve_half(vm, vcpu, slot, gfns, write, private, prefetch, max_level))
-        return Fault(0, RetPf.INVALID, error.errno)
-    stopped = yield from vm.host.ops.call("topup", n, vm=vm, vcpu=vcpu, nr_pages=n)
-    if stopped is not None:
-        limit = Fault(0, RetPf.INVALID, stopped.reason.errno if isinstance(stopped.reason, Fatal) else errno.ENOMEM)
-        if stopped.done == 0:
-            return limit
-        gfns, n = part(gfns, 0, stopped.done), stopped.done
-    seq = vm.invalidate_seq
-    yield FAULT_SNAPSHOT
+@attrs.frozen(eq=False)
+class Access:
+    """What faulted (kernel: the constant half of struct kvm_page_fault)."""
 
-    if vm.caps.private_by_attribute:
-        matches = _matching(vm, gfns, private)
-        if matches < n:
-            gfn = first(part(gfns, matches, matches + 1))
-            limit = Fault(0, RetPf.INVALID, errno.EFAULT, memory_fault(gfn, private))
-            if matches == 0:
-                return limit
-            gfns, n = part(gfns, 0, matches), matches
-    if slot is None:
-        gfn = first(gfns)
-        if private:
-            return Fault(0, RetPf.INVALID, errno.EFAULT, memory_fault(gfn, True))
-        if prefetch:
-            return Fault(0, RetPf.INVALID, errno.ENOENT)
-        return Fault(0, RetPf.EMULATE, exit=Mmio(gfn << PAGE_SHIFT, write))
-    if slot.invalid:
-        return Fault(0, RetPf.INVALID, errno.EAGAIN) if prefetch else Fault(0, RetPf.RETRY)
-    if write and slot.read_only:
-        return Fault(0, RetPf.EMULATE, exit=Mmio(first(gfns) << PAGE_SHIFT, True))
-    if vm.blocked(gfns):
-        return Fault(0, RetPf.RETRY)
+    vm: Vm
+    vcpu: Vcpu
+    write: bool
+    private: bool
+    prefetch: bool
 
-    # The level that the core and the backing allow; pages of one level at a time, in gfn order.
-    level, of_level = _allowed_level(vm, slot, root, gfns, private, max_level)
-    if of_level < n:
-        gfns, n, limit = part(gfns, 0, of_level), of_level, None
-    order = order_of(level)
-    leaf_gfns = heads(blocks(gfns, order), order) if order else gfns
 
-    uses_gmem = vm.uses_gmem(slot, private)
-    try:
-        pfns = _get_pfns(vm, slot, leaf_gfns, private, level)
-    except UapiError as error:
-        if asked_for > 1:
-            return (yield from _resolve_half(vm, vcpu, slot, gfns, write, private, prefetch, max_level))
-        if not uses_gmem:
-            vm.host.meter.charge("gup_4k")
-        exit_ = memory_fault(first(gfns), private, error.errno) if uses_gmem else None
-        return Fault(0, RetPf.INVALID, error.errno, exit_)
-    looked_up = count(pfns)
-    if looked_up < count(leaf_gfns):
-        # The host had no large page any more: what it had is mapped large, the next block small.
-        n = _below(gfns, last(part(leaf_gfns, 0, max(looked_up, 1))) + pages_per_level(level))
-        gfns, leaf_gfns = part(gfns, 0, n), part(leaf_gfns, 0, looked_up)
-        limit = None
-        if looked_up == 0:
-            vm.free_spare_tables()
-            return (yield from _resolve_in_slot(vm, vcpu, slot, gfns, write, private, prefetch, PG_LEVEL_4K))
-    if uses_gmem and private and vm.host.ops.has("gmem_prepare"):
-        stopped = yield from vm.host.ops.call(
-            "gmem_prepare", count(leaf_gfns), vm=vm, slot=slot, gfns=leaf_gfns, pfns=pfns, max_order=order
-        )
+class _Stretch:
+    """Faulting gfns within one slot on their way through the steps of the path, in the kernel's order.
+
+    A step may end the fault at once (it returns a Fault), or cut the stretch short behind the pages that may go on;
+    `behind` then says how the first page that was cut off ends. Pages are mapped at one level: what needs another is
+    cut off, too, and comes next.
+    """
+
+    def __init__(self, access: Access, slot: Memslot | None, gfns: Sel, max_level: int) -> None:
+        self.access = access
+        self.vm = access.vm
+        self.slot = slot
+        self.gfns = gfns
+        self.asked_for = count(gfns)
+        self.max_level = max_level
+        self.root = access.vm.tdp.root_for(access.private)
+        self.behind: Fault | None = None
+        self.seq = 0
+        self.level = PG_LEVEL_4K
+        self.heads: Sel = gfns
+        """First gfn of each page of `level` that the gfns lie in."""
+        self.pfns: Sel = gfns
+        self.looked_up = 0
+
+    def resolve(self) -> Steps[Fault]:
+        """All steps. May stop early with pages mapped and more to do (`Fault.ret` in MAPPED)."""
+        ended: Fault | None
+        for step in (self._topup, self._admit, self._get_pfns, self._prepare, self._limit_level, self._pin):
+            ended = yield from step()
+            if ended is not None:
+                return ended
+        return (yield from self._map())
+
+    def _cut(self, n: int, behind: Fault | None) -> None:
+        self.gfns, self.behind = part(self.gfns, 0, n), behind
+
+    def _cut_heads(self, n: int, behind: Fault | None) -> None:
+        self.heads, self.pfns, self.behind = part(self.heads, 0, n), part(self.pfns, 0, n), behind
+
+    def _again(self, gfns: Sel, max_level: int) -> Steps[Fault]:
+        """Start over with other pages or another ceiling; what was topped up goes back."""
+        self.access.vcpu.tables.give_back()
+        return (yield from _Stretch(self.access, self.slot, gfns, max_level).resolve())
+
+    def _half(self) -> Steps[Fault]:
+        """Some page needs something else than the others: halve the stretch until that page stands alone, as it would
+        one by one."""
+        return (yield from self._again(part(self.gfns, 0, max(1, count(self.gfns) // 2)), self.max_level))
+
+    # ---- the steps (kvm-core numbering of the path in docs/design.md) -------------------------------------------
+
+    def _topup(self) -> Steps[Fault | None]:
+        """Fill the caches that are used under mmu_lock (step 4), then note the sequence (5)."""
+        vm, n = self.vm, count(self.gfns)
+        try:
+            if self.root.mirror and self.slot is not None:
+                self.access.vcpu.tables.topup_walk(self.root, self.gfns)
+        except UapiError as error:
+            return (yield from self._half()) if self.asked_for > 1 else Fault(0, RetPf.INVALID, error.errno)
+        stopped = yield from vm.host.ops.call("topup", n, vm=vm, vcpu=self.access.vcpu, nr_pages=n)
         if stopped is not None:
-            gfn = first(part(leaf_gfns, stopped.done, stopped.done + 1))
-            error_nr = stopped.reason.errno if isinstance(stopped.reason, Fatal) else errno.EAGAIN
-            limit = Fault(0, RetPf.INVALID, error_nr, memory_fault(gfn, private, error_nr))
+            fatal = stopped.reason.errno if isinstance(stopped.reason, Fatal) else errno.ENOMEM
+            ended = Fault(0, RetPf.INVALID, fatal)
             if stopped.done == 0:
-                return limit
-            leaf_gfns, pfns = part(leaf_gfns, 0, stopped.done), part(pfns, 0, stopped.done)
-    yield FAULT_PFN
+                return ended
+            self._cut(stopped.done, ended)
+        self.seq = vm.frame.seq
+        yield FAULT_SNAPSHOT
+        return None
 
-    if vm.host.ops.has("max_mapping_level") and uses_gmem and level > PG_LEVEL_4K:
-        asked = yield from vm.host.ops.call(
-            "max_mapping_level", count(leaf_gfns), vm=vm, gfns=leaf_gfns, pfns=pfns, private=private
-        )
-        if asked and asked < level:
-            if count(leaf_gfns) > 1:
-                return (yield from _resolve_half(vm, vcpu, slot, gfns, write, private, prefetch, max_level))
-            return (yield from _resolve_in_slot(vm, vcpu, slot, gfns, write, private, prefetch, asked))
-    batch = Batch(slot, level, leaf_gfns, pfns)
-    if vm.caps.needs_pin and vm.host.ops.has("pin_pfn"):
-        stopped = yield from vm.host.ops.call("pin_pfn", len(batch), vm=vm, batch=batch, write=write)
-        if stopped is not None:
-            if isinstance(stopped.reason, Fatal):
-                limit = Fault(0, RetPf.INVALID, stopped.reason.errno)
-            else:
-                limit = Fault(0, RetPf.RETRY)
-            batch = batch.part(0, stopped.done)
+    def _admit(self) -> Steps[Fault | None]:
+        """Access kind against attribute (6), no slot (7), INVALID slot (8), the unlocked check (9)."""
+        vm, access, slot = self.vm, self.access, self.slot
+        if vm.caps.private_by_attribute:
+            matches = _matching(vm, self.gfns, access.private)
+            if matches < count(self.gfns):
+                gfn = first(part(self.gfns, matches, matches + 1))
+                ended = Fault(0, RetPf.INVALID, errno.EFAULT, memory_fault(gfn, access.private))
+                if matches == 0:
+                    return ended
+                self._cut(matches, ended)
+        gfn = first(self.gfns)
+        if slot is None:
+            if access.private:
+                return Fault(0, RetPf.INVALID, errno.EFAULT, memory_fault(gfn, True))
+            if access.prefetch:
+                return Fault(0, RetPf.INVALID, errno.ENOENT)
+            return Fault(0, RetPf.EMULATE, exit=Mmio(gfn << PAGE_SHIFT, access.write))
+        if slot.invalid:
+            return Fault(0, RetPf.INVALID, errno.EAGAIN) if access.prefetch else Fault(0, RetPf.RETRY)
+        if access.write and slot.read_only:
+            return Fault(0, RetPf.EMULATE, exit=Mmio(gfn << PAGE_SHIFT, True))
+        if vm.blocked(self.gfns):
+            return Fault(0, RetPf.RETRY)
+        return None
+        yield
 
-    result = _Mapped(0)
-    if len(batch):
-        yield vm.mmu_lock.read
-        result = yield from _map(vm, root, slot, batch, seq, write)
-        yield vm.mmu_lock.release
-    mapped = result.done
-    if not uses_gmem:
-        # Pages behind the first that was not mapped will be looked up when their turn comes.
-        vm.host.meter.charge("gup_4k", min(mapped + 1, looked_up))
-    if mapped < len(batch) and vm.host.ops.has("unpin_pfn"):
-        yield from vm.host.ops.call("unpin_pfn", vm=vm, batch=batch.part(mapped, len(batch)))
-    vm.host.meter.charge("fault_fixed", mapped)
-    if mapped and vm.host.ops.observed:
-        vm.host.ops.emit(
-            "fault", "fault", vm=vm.id, gfns=batch.part(0, mapped).all_gfns, level=level, n=mapped,
-            info={"private": private, "write": write},
-        )
-    # Pages of the batch that the mapped leaves cover.
-    done = mapped
-    if level > PG_LEVEL_4K and mapped:
-        done = _below(gfns, last(part(batch.gfns, 0, mapped)) + pages_per_level(level))
-    if result.ret in MAPPED and limit is not None:
-        return attrs.evolve(limit, done=done, faults=mapped)
-    fatal = result.fatal or Fatal(0)
-    return Fault(done, result.ret, fatal.errno, faults=mapped, level=level, why=fatal.why)
+    def _get_pfns(self) -> Steps[Fault | None]:
+        """The level that the core and the backing allow, and the frames (10: kvm_mmu_faultin_pfn)."""
+        vm, slot = self.vm, self.slot
+        assert slot is not None
+        self.level, n = _allowed_level(vm, slot, self.root, self.gfns, self.access.private, self.max_level)
+        if n < count(self.gfns):
+            self._cut(n, None)
+        order = order_of(self.level)
+        self.heads = heads(blocks(self.gfns, order), order) if order else self.gfns
+        try:
+            self.pfns = _frames(vm, slot, self.heads, self.access.private, self.level)
+        except UapiError as error:
+            if self.asked_for > 1:
+                return (yield from self._half())
+            if not self.uses_gmem:
+                vm.host.meter.charge("gup_4k")
+                return Fault(0, RetPf.INVALID, error.errno)
+            exit_ = memory_fault(first(self.gfns), self.access.private, error.errno)
+            return Fault(0, RetPf.INVALID, error.errno, exit_)
+        self.looked_up = count(self.pfns)
+        if self.looked_up < count(self.heads):
+            # The host had no large page any more: what it had is mapped large, the next block small.
+            n = _below(self.gfns, last(part(self.heads, 0, max(self.looked_up, 1))) + pages_per_level(self.level))
+            self._cut(n, None)
+            if self.looked_up == 0:
+                return (yield from self._again(self.gfns, PG_LEVEL_4K))
+            self.heads = part(self.heads, 0, self.looked_up)
+        return None
 
+    @property
+    def uses_gmem(self) -> bool:
+        return self.slot is not None and self.vm.uses_gmem(self.slot, self.access.private)
 
-def _resolve_half(
-    vm: Vm, vcpu: Vcpu, slot: Memslot | None, gfns: Sel, write: bool, private: bool, prefetch: bool, max_level: int
-) -> Steps[Fault]:
-    """Some page of the batch needs something else than the others: halve it until that page stands alone, as it would
-    one by one. What was taken for the pages behind goes back."""
-    vm.free_spare_tables()
-    half = part(gfns, 0, max(1, count(gfns) // 2))
-    return (yield from _resolve_in_slot(vm, vcpu, slot, half, write, private, prefetch, max_level))
+    def _prepare(self) -> Steps[Fault | None]:
+        """Every guest_memfd lookup for a private access prepares the frames (kvm_gmem_prepare_folio)."""
+        vm, slot = self.vm, self.slot
+        if self.access.private and self.uses_gmem and vm.host.ops.has("gmem_prepare"):
+            assert slot is not None and slot.gmem is not None
+            order, n = slot.gmem.inode.folio_order(shift(self.heads, slot.to_index(self.heads)))
+            if n < count(self.heads):
+                self.gfns = part(self.gfns, 0, n)
+                self._cut_heads(n, None)
+            stopped = yield from vm.host.ops.call(
+                "gmem_prepare", n, vm=vm, slot=slot, gfns=self.heads, pfns=self.pfns, max_order=order
+            )
+            if stopped is not None:
+                gfn = first(part(self.heads, stopped.done, stopped.done + 1))
+                number = stopped.reason.errno if isinstance(stopped.reason, Fatal) else errno.EAGAIN
+                ended = Fault(0, RetPf.INVALID, number, memory_fault(gfn, self.access.private, number))
+                if stopped.done == 0:
+                    return ended
+                self._cut_heads(stopped.done, ended)
+        yield FAULT_PFN
+        return None
+
+    def _limit_level(self) -> Steps[Fault | None]:
+        """The frames may be stale by now (11); the vendor may want smaller pages (gmem_max_mapping_level)."""
+        vm = self.vm
+        if vm.frame.seq != self.seq or vm.blocked(self.gfns) or not self._still_there():
+            if not self.uses_gmem:
+                vm.host.meter.charge("gup_4k")
+            return Fault(0, RetPf.RETRY)
+        if self.level > PG_LEVEL_4K and self.uses_gmem and vm.host.ops.has("max_mapping_level"):
+            asked = yield from vm.host.ops.call(
+                "max_mapping_level", count(self.heads), vm=vm, gfns=self.heads, pfns=self.pfns,
+                private=self.access.private,
+            )
+            if asked and asked < self.level:
+                if count(self.heads) > 1:
+                    return (yield from self._half())
+                return (yield from self._again(self.gfns, asked))
+        return None
+
+    def _still_there(self) -> bool:
+        """Whether the VMM's memory still stands behind the pages: what the reference that GUP takes makes sure of,
+        where no notifier would tell."""
+        vm, slot = self.vm, self.slot
+        if vm.caps.honours_notifiers or self.uses_gmem:
+            return True
+        assert slot is not None
+        return vm.mm.holds(shift(self.heads, slot.hva_page - slot.base_gfn), self.pfns)
+
+    def _pin(self) -> Steps[Fault | None]:
+        """Pins come before mmu_lock and the stale check, so they are a superset of the mappings."""
+        vm = self.vm
+        if vm.caps.needs_pin and vm.host.ops.has("pin_pfn"):
+            stopped = yield from vm.host.ops.call(
+                "pin_pfn", count(self.heads), vm=vm, batch=self._batch(), write=self.access.write
+            )
+            if stopped is not None:
+                fatal = isinstance(stopped.reason, Fatal)
+                ended = Fault(0, RetPf.INVALID, stopped.reason.errno) if fatal else Fault(0, RetPf.RETRY)
+                self._cut_heads(stopped.done, ended)
+        return None
+
+    def _batch(self) -> Batch:
+        assert self.slot is not None
+        return Batch(self.slot, self.level, self.heads, self.pfns)
+
+    def _map(self) -> Steps[Fault]:
+        """Under mmu_lock: the stale check, the walk, the leaves (12 to 15); then what the fault cost (16)."""
+        vm, batch = self.vm, self._batch()
+        assert self.slot is not None
+        result = _Mapped(0)
+        if len(batch):
+            yield vm.mmu_lock.read
+            result = yield from _map(self.access, self.root, self.slot, batch, self.seq)
+            yield vm.mmu_lock.release
+        mapped = result.done
+        if not self.uses_gmem:
+            # Pages behind the first that was not mapped will be looked up when their turn comes.
+            vm.host.meter.charge("gup_4k", min(mapped + 1, self.looked_up))
+        if mapped < len(batch) and vm.host.ops.has("unpin_pfn"):
+            yield from vm.host.ops.call("unpin_pfn", vm=vm, batch=batch.part(mapped, len(batch)))
+        vm.host.meter.charge("fault_fixed", mapped)
+        if mapped and vm.host.ops.observed:
+            vm.host.ops.emit(
+                "fault", "fault", vm=vm.id, gfns=batch.part(0, mapped).all_gfns, level=self.level, n=mapped,
+                info={"private": self.access.private, "write": self.access.write},
+            )
+        done = mapped
+        if self.level > PG_LEVEL_4K and mapped:
+            done = _below(self.gfns, last(part(batch.gfns, 0, mapped)) + pages_per_level(self.level))
+        if result.ret in MAPPED and self.behind is not None:
+            return attrs.evolve(self.behind, done=done, faults=mapped)
+        fatal = result.fatal or Fatal(0)
+        return Fault(done, result.ret, fatal.errno, faults=mapped, level=self.level, why=fatal.why)
 
 
 def _matching(vm: Vm, gfns: Sel, private: bool) -> int:
@@ -263,7 +360,7 @@ def _allowed_level(vm: Vm, slot: Memslot, root: Root, gfns: Sel, private: bool, 
     return (PG_LEVEL_2M if allowed[0] else PG_LEVEL_4K), run
 
 
-def _get_pfns(vm: Vm, slot: Memslot, gfns: Sel, private: bool, level: int) -> Sel:
+def _frames(vm: Vm, slot: Memslot, gfns: Sel, private: bool, level: int) -> Sel:
     """First frames behind pages of `level`, allocated and zeroed (kvm_mmu_faultin_pfn); of large pages only as many as
     the host has. UapiError as the kernel's errno."""
     if not vm.uses_gmem(slot, private):
@@ -289,12 +386,12 @@ class _Mapped:
     fatal: Fatal | None = None
 
 
-def _map(vm: Vm, root: Root, slot: Memslot, batch: Batch, seq: int, write: bool) -> Steps[_Mapped]:
+def _map(access: Access, root: Root, slot: Memslot, batch: Batch, seq: int) -> Steps[_Mapped]:
     """Under mmu_lock: the stale check, the walk, the leaves (steps 12 to 15)."""
-    n = len(batch)
-    if vm.invalidate_seq != seq or root not in vm.tdp.roots() or vm.blocked(batch.all_gfns):
+    vm, write, n = access.vm, access.write, len(batch)
+    if vm.frame.seq != seq or root not in vm.tdp.roots() or vm.blocked(batch.all_gfns):
         return _Mapped(0, RetPf.RETRY)
-    linked, why = yield from vm.tdp.link_tables(root, batch.level, batch.gfns)
+    linked, why = yield from vm.tdp.link_tables(root, batch.level, batch.gfns, access.vcpu.tables)
     if linked < n:
         batch = batch.part(0, linked)
     ret = RetPf.FIXED if why is None else RetPf.INVALID if isinstance(why, Fatal) else RetPf.RETRY

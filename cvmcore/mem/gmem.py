@@ -70,6 +70,14 @@ class GmemInode:
             return False
         return large_blocks(self.words, index, HUGE)
 
+    def folio_order(self, index: Sel) -> tuple[int, int]:
+        """Order of the folios behind allocated pages, and for how many leading pages it is the same."""
+        if self.level < PG_LEVEL_2M:
+            return 0, count(index)
+        huge = (take(self.words, index) & np.uint32(HUGE)) != 0
+        differs = huge != huge[0]
+        return 9 if huge[0] else 0, int(np.argmax(differs)) if np.count_nonzero(differs) else len(huge)
+
     def allocate(self, index: Sel) -> Words:
         """Make sure that folios stand at the pages, not yet zeroed; their words. Raises UapiError(ENOMEM) half way."""
         words = take(self.words, index)

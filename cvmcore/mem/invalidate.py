@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from cvmcore.effects import INVALIDATE_END, INVALIDATE_START, INVALIDATE_STORE, INVALIDATE_ZAP, Steps
 from cvmcore.errors import UapiError
 from cvmcore.mem.tdp import Root, Stop
+from cvmcore.pages import count
 from cvmcore.types import PG_LEVEL_1G, PG_LEVEL_2M, Fatal, Filter, order_of, pages_per_level
 
 if TYPE_CHECKING:
@@ -59,9 +60,14 @@ def begin(vm: Vm, ranges: list[Range], kinds: Filter, *, blocks: tuple[int, int]
     """
     low, high = min(r[1] for r in ranges), max(r[2] for r in ranges)
     roots = vm.tdp.roots(kinds, invalid=True)
-    if vm.caps.zap_destroys_content:
-        vm.topup_spare_tables(sum(splits(root, r[1], r[2]) for root in roots if root.mirror for r in ranges))
-    yield vm.mmu_lock.write
+    while True:
+        # Tables for the splits are taken before the lock; what must be split may change until it is held.
+        mirrors = [root for root in roots if root.mirror and vm.caps.zap_destroys_content]
+        vm.tables.topup(sum(splits(root, r[1], r[2]) for root in mirrors for r in ranges))
+        yield vm.mmu_lock.write
+        if sum(splits(root, r[1], r[2]) for root in mirrors for r in ranges) <= count(vm.tables.spare):
+            break
+        yield vm.mmu_lock.release
     vm.frame.add(*(blocks or (low, high)))
     yield INVALIDATE_START
     roots = vm.tdp.roots(kinds, invalid=True)
@@ -72,7 +78,7 @@ def begin(vm: Vm, ranges: list[Range], kinds: Filter, *, blocks: tuple[int, int]
                 if stop is not None:
                     vm.frame.drop()
                     yield vm.mmu_lock.release
-                    vm.free_spare_tables()
+                    vm.tables.give_back()
                     error = stop.reason.errno if isinstance(stop.reason, Fatal) else errno.EAGAIN
                     raise UapiError(error, "split", "a huge page at the edge of the range could not be split")
     zapped = 0
@@ -87,7 +93,7 @@ def begin(vm: Vm, ranges: list[Range], kinds: Filter, *, blocks: tuple[int, int]
     if vm.host.ops.observed:
         vm.host.ops.emit("invalidate", kinds.name or "BOTH", vm=vm.id, n=zapped, gfns=slice(low, high, 1))
     yield vm.mmu_lock.release
-    vm.free_spare_tables()
+    vm.tables.give_back()
     return zapped
 
 

@@ -141,6 +141,14 @@ class Mm:
             words = take(mapping.words, index)
         return contiguous(words >> 5)
 
+    def holds(self, hva_pages: Sel, pfns: Sel) -> bool:
+        """Whether these frames stand behind these hva pages of one mapping."""
+        mapping = self.find(first(hva_pages))
+        if mapping is None or mapping.gmem is not None:
+            return mapping is not None
+        words = take(mapping.words, shift(hva_pages, -mapping.start)) >> np.uint32(5)
+        return not np.count_nonzero(words != array_of(pfns))
+
     def fault_in_large(self, hva_pages: Sel) -> Sel:
         """First frames of the large pages at these hva pages (heads of blocks that `huge_blocks` named); only of the
         first of them, where the host has no more."""

@@ -45,7 +45,9 @@ from cvmcore.types import (
     Batch,
     Fatal,
     Filter,
+    FramesView,
     Retry,
+    Use,
     Walk,
     order_of,
     pages_per_level,
@@ -213,6 +215,45 @@ class Stop:
     reason: Retry | Fatal
 
 
+class TableCache:
+    """Pages for external tables, taken before mmu_lock because nothing is allocated under it (kernel:
+    mmu_external_spt_cache of a vCPU; RFC: mmu_private_sp_cache).
+
+    The kernel tops up to a fixed depth; here exactly what the walk will link is taken, and what it did not link goes
+    back, so that a batch and its pages one by one leave the same behind.
+    """
+
+    def __init__(self, frames: FramesView) -> None:
+        self.frames = frames
+        self.spare: Sel = EMPTY
+
+    def topup(self, n: int) -> None:
+        """Have n pages. UapiError(ENOMEM): nothing was taken."""
+        if (need := n - count(self.spare)) > 0:
+            more = self.frames.alloc(need, Use.TABLE)
+            self.spare = contiguous(np.concatenate([array_of(self.spare), array_of(more)]))
+
+    def topup_walk(self, root: Root, gfns: Sel) -> None:
+        """Have what a walk of the root down to 4K would link (mmu_topup_memory_caches)."""
+        need = 0
+        for level in range(TOP, PG_LEVEL_4K, -1):
+            words = take(root.entries[level], blocks(gfns, order_of(level)))
+            need += len(words) - int(np.count_nonzero(words))
+        self.topup(need)
+
+    def take(self, n: int) -> Sel:
+        """n of the pages; they must be there."""
+        taken, self.spare = part(self.spare, 0, n), part(self.spare, n, count(self.spare))
+        if count(taken) < n:
+            raise InvariantViolation("the cache of table pages was not topped up", number=31)
+        return taken
+
+    def give_back(self) -> None:
+        """What was not used goes back to the host."""
+        self.frames.free(self.spare)
+        self.spare = EMPTY
+
+
 class Tdp:
     """The page tables of one VM. `set_entry` and what is built on it are the only writers of entries, and the only
     callers of entry hooks."""
@@ -284,7 +325,9 @@ class Tdp:
 
     # ---- installing -------------------------------------------------------------------------------------------
 
-    def link_tables(self, root: Root, level: int, gfns: Sel) -> Steps[tuple[int, Retry | Fatal | None]]:
+    def link_tables(
+        self, root: Root, level: int, gfns: Sel, cache: TableCache | None = None
+    ) -> Steps[tuple[int, Retry | Fatal | None]]:
         """Make sure that tables stand above `level` for all gfns, parents first; a direct huge leaf in the way is
         split. Returns how many leading gfns may go on, and why not more (RETRY: frozen, or the hook was busy)."""
         n = count(gfns)
@@ -312,20 +355,20 @@ class Tdp:
                 words = take(root.entries[above], index)
             absent = index if not np.count_nonzero(words) else where(index, words == 0)
             if count(absent):
-                stop = yield from self._link(root, above, absent)
+                stop = yield from self._link(root, above, absent, cache or self.vm.tables)
                 if stop is not None:
                     bad = first(part(absent, stop.done, stop.done + 1))
                     n, reason = _before(gfns, bad, order_of(above), n), stop.reason
         return n, reason
 
-    def _link(self, root: Root, level: int, index: Sel) -> Steps[Stop | None]:
+    def _link(self, root: Root, level: int, index: Sel, cache: TableCache) -> Steps[Stop | None]:
         n = count(index)
         if not root.mirror:
             yield from self.set_entry(root, level, index, PRESENT | TABLE)
             root.tables[level] += n
             return None
         frames = self.vm.host.frames
-        tables = self.vm.take_tables(n)
+        tables = cache.take(n)
         stop: Stop | None = yield from self.set_entry(
             root,
             level,
@@ -392,7 +435,7 @@ class Tdp:
         small = leaf_words(slice(pfn, pfn + 512 * size, size), word & (PRESENT | WRITABLE | DIRTY))
         tables: Sel = EMPTY
         if root.mirror:
-            tables = self.vm.take_tables(1)
+            tables = self.vm.tables.take(1)
         stop: Stop | None = yield from self.set_entry(
             root,
             level,
@@ -451,7 +494,7 @@ class Tdp:
             root.leaves[level] += 1
             root.leaves[level - 1] -= 512
             root.tables[level] -= 1
-            self.vm.give_tables(slice(table, table + 1, 1))
+            self.vm.host.frames.free(slice(table, table + 1, 1))
         return stop
 
     def collapse(self, root: Root, gfn: int, level: int, pfn: int, bits: int) -> Steps[None]:

@@ -154,7 +154,10 @@ UNMIRRORED = Needs(
 )
 MIRROR = Needs("has_mirror", lambda caps: caps.has_mirror)
 EXTERNAL = Needs("has_mirror or mediated_root", lambda caps: caps.has_mirror or caps.mediated_root)
-OWNED = Needs("private_by_attribute or mediated_root", lambda caps: caps.private_by_attribute or caps.mediated_root)
+OWNED = Needs(
+    "private_by_attribute, or confidential with mediated_root",
+    lambda caps: caps.private_by_attribute or (caps.confidential and caps.mediated_root),
+)
 APART = Needs(
     "private_by_attribute, no converts_in_place", lambda caps: caps.private_by_attribute and not caps.converts_in_place
 )
@@ -898,20 +901,13 @@ def tables_are_taken_down(trace: Trace, event: Event) -> Wrong | None:
 # ---- 31, 32: locks and pins -----------------------------------------------------------------------------------
 
 
-_LOCKS = {
-    "max_mapping_level": "SRCU",  # the level is chosen before pin_pfn, and that comes before mmu_lock (RFC of 2022)
-    "flush_remote_tlbs": "mmu_lock",  # for read where a fault or a recovery puts a huge leaf in a table's place
-}
-"""Where the column of a hook says more than the kernel holds to."""
-
-
 @_row(31, "a hook is called under the locks that its column names", ALWAYS, When.EVENT)
 def locks_are_held(trace: Trace, event: Event) -> Wrong | None:
     held = trace.held
     if held is None or event.kind != "hook" or event.phase != "begin":
         return None
     vm = trace.vm(event)
-    column = _LOCKS.get(event.name, HOOKS[event.name].locks)
+    column = HOOKS[event.name].locks
     if event.name == "vcpu_exit":
         return None  # a vCPU that is kicked leaves on its own CPU
     if column.startswith("-"):
@@ -953,17 +949,20 @@ def leaves_are_pinned(s: State) -> Wrong | None:
     return _first(~covered, "a leaf has no pin", leaves.gfn, leaves.pfn, level=leaves.level)
 
 
-@_row(32, "a page that stays mapped keeps its one pin", PINS, When.STEP)
+@_row(32, "only a fault pins a page, once for each level that it is mapped at", PINS, When.STEP)
 def one_pin_each(step: Step) -> Wrong | None:
     before, after = step.before.leaves, step.after.leaves
     if step.hooks("register_region", "unregister_region", "vm_move", "memory_encrypt_op"):
         return None
     _, i, j = np.intersect1d(_keys(before), _keys(after), assume_unique=True, return_indices=True)
-    pfn = before.pfn[i][(before.pfn[i] == after.pfn[j]) & (before.level[i] == after.level[j])]
-    was, now = step.before.pins[pfn], step.after.pins[pfn]
-    # A page of a large one that was split has no pin of its own until it is faulted in again.
-    wrong = (was != now) & ((was != 0) | (now != 1))
-    return _first(wrong, "a mapped page was pinned again, or unpinned", pfn=pfn, was=was, now=now)
+    same = before.pfn[i] == after.pfn[j]
+    gfn, pfn = before.gfn[i][same], before.pfn[i][same]
+    was, now = step.before.pins[pfn].astype(int), step.after.pins[pfn].astype(int)
+    # A page of a large one that was split gets a pin of its own when it is faulted in again, and loses that of the
+    # large one when another frame comes in its head's place.
+    most = np.where(np.isin(gfn, step.gfns("fault")), np.minimum(was + 1, PG_LEVEL_1G), was)
+    wrong = (now > most) | ((was != 0) & (now == 0))
+    return _first(wrong, "a mapped page was pinned again, or unpinned", gfn, pfn, was=was, now=now)
 
 
 @_row(32, "locked memory is counted, and stays within RLIMIT_MEMLOCK", PINS, When.QUIET)

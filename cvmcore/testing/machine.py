@@ -174,7 +174,7 @@ class UapiMachine(RuleBasedStateMachine):
         self.fd = self.process.create_vm()
         self.vm = self.fd.vm
         self.caps = self.vm.caps
-        self.two_kinds = self.caps.private_by_attribute or self.caps.encrypts or self.caps.mediated_root
+        self.two_kinds = self.caps.private_by_attribute or self.caps.confidential
         """Whether the guest has private and shared accesses at all."""
         self.in_place = self.two_kinds and not self.caps.private_by_attribute
         self.tied = self.caps.needs_accept or self.caps.encrypts
@@ -481,9 +481,11 @@ class UapiMachine(RuleBasedStateMachine):
             flags = 0
         if flags & KVM_MEM_READONLY and not self.caps.read_only_slots:
             flags = 0
-        expect = self._region_errno(slot_id, base, npages, page, file, pgoff, flags)
+        expect = [self._region_errno(slot_id, base, npages, page, file, pgoff, flags)]
+        if flags and self.host.ops.has("memslot_prepare"):
+            expect.append(errno.EPERM)  # the vendor may have its own mind about flags
         old = self.slots.get(slot_id)
-        with self.call("memslot", expect) as step:
+        with self.call("memslot", *expect) as step:
             self.fd.set_user_memory_region2(
                 slot_id, flags | (KVM_MEM_GUEST_MEMFD if file is not None else 0), base * PAGE_BYTES,
                 npages * PAGE_BYTES, self.area + page * PAGE_BYTES, file.fds[0] if file is not None else -1,
