@@ -318,92 +318,219 @@ class Case:
     """A small situation to explore: a host, the actors on it, and what must hold.
 
     check: called when all actors have ended, with their results (an error is an actor's result, too). step: called
-    after each step, while others may be half way.
+    after each step that was not taken in an earlier schedule, while others may be half way. state: a fingerprint of
+    all that actors can see of each other, locks apart; with it, orders that differ only in steps that change nothing
+    are explored once.
     """
 
     host: Host
     actors: list[tuple[str, Steps[Any]]]
     check: Callable[[list[Any]], None] = lambda results: None
     step: Callable[[], None] = lambda: None
+    state: Callable[[], object] | None = None
 
 
 @attrs.frozen
 class Explored:
-    """How much was explored."""
+    """How much was explored: schedules that came to their end, those given up as known already, steps of all."""
 
     schedules: int
     steps: int
+    pruned: int = 0
 
 
 MAX_STEPS = 10_000
 """Steps of one schedule after which it counts as a livelock."""
 
 
-def explore(make: Callable[[], Case], *, limit: int | None = None) -> Explored:
+@attrs.frozen
+class _Footprint:
+    """What one step did to what other actors can see: whether it changed the state, and its locks by (name, write)."""
+
+    wrote: bool
+    locks: frozenset[tuple[str, bool]]
+
+    def commutes(self, other: _Footprint) -> bool:
+        """Whether the two steps, of different actors and from one situation, may change places."""
+        if self.wrote or other.wrote:
+            return False
+        return not any(
+            name == other_name and (write or other_write)
+            for name, write in self.locks
+            for other_name, other_write in other.locks
+        )
+
+
+@attrs.frozen
+class _Found:
+    """What made an actor retry: the state, and the holders of the locks (by name) that it tried."""
+
+    state: object
+    tried: frozenset[str]
+    holders: frozenset[tuple[str, str]]
+
+    @staticmethod
+    def now(state: object, tried: frozenset[str], actors: list[Actor]) -> _Found:
+        held = {(lock.name, a.name) for a in actors for lock, _ in a.held.locks if lock.name in tried}
+        return _Found(state, tried, frozenset(held))
+
+
+@attrs.define(eq=False)
+class _Choice:
+    """One place in a schedule: who could go, who goes, who went in earlier schedules and what that did.
+
+    asleep: actors whose next step was explored before, in an order that is the same but for steps that commute.
+    resting: actors that retry, with what they found and would find again: the state, and who had the locks they tried.
+    """
+
+    able: list[int]
+    asleep: dict[int, _Footprint]
+    resting: dict[int, _Found]
+    running: int | None
+    """Who could simply go on; everybody else would interrupt it."""
+    interruptions: int
+    taken: int = 0
+    tried: dict[int, _Footprint] = attrs.field(factory=dict)
+
+    def sleepers(self) -> dict[int, _Footprint]:
+        """Who sleeps after the step that is taken here: everybody explored before whose step commutes with it."""
+        step = self.tried[self.taken]
+        before = {**self.asleep, **self.tried}
+        return {i: other for i, other in before.items() if i != self.taken and step.commutes(other)}
+
+    def next_untried(self) -> int | None:
+        return next((i for i in self.able if i not in self.tried and i not in self.asleep), None)
+
+
+def explore(make: Callable[[], Case], *, limit: int | None = None, interruptions: int | None = None) -> Explored:
     """Run the case under every order of its actors' steps, each time from the start.
 
     Actors may be interrupted before they take a lock and at every named point. Before dropping a lock they are not:
     a release can always be moved ahead of what others do meanwhile, so it makes no order of its own.
-    An actor that yields the point `fault.retry` waits until another one has moved. Raises whatever a check raises,
-    with the schedule that led there in a note; InvariantViolation for a deadlock. limit: stop after so many schedules.
+    An actor that yields the point `fault.retry` waits until another one has moved. Where the case tells its `state`, it
+    waits until another one has changed something, and of all orders that differ only in steps which commute one is
+    run (sleep sets, Godefroid 1996).
+    Raises whatever a check raises, with the schedule that led there in a note; InvariantViolation for a deadlock.
+    limit: stop after so many schedules. interruptions: only orders in which no more actors than that are interrupted
+    when they could go on; for cases with too many steps to try all orders.
     """
-    prefix: list[int] = []
-    schedules = steps = 0
+    path: list[_Choice] = []
+    schedules = steps = pruned = 0
     while True:
-        choices, n = _run_once(make(), prefix)
-        schedules += 1
+        ended, n = _run_once(make(), path, interruptions)
+        schedules += ended
+        pruned += not ended
         steps += n
-        if limit is not None and schedules >= limit:
-            return Explored(schedules, steps)
         # The last choice that has an alternative left; everything after it starts over.
-        while choices and choices[-1][0] + 1 >= choices[-1][1]:
-            choices.pop()
-        if not choices:
-            return Explored(schedules, steps)
-        prefix = [taken for taken, _ in choices]
-        prefix[-1] += 1
+        while path and path[-1].next_untried() is None:
+            path.pop()
+        if not path or (limit is not None and schedules >= limit):
+            return Explored(schedules, steps, pruned)
+        path[-1].taken = path[-1].next_untried() or 0
 
 
-def _run_once(case: Case, prefix: list[int]) -> tuple[list[tuple[int, int]], int]:
-    """One schedule: the choices of `prefix`, then always the first. Returns (taken, of how many) and the steps made."""
+def _run_once(case: Case, path: list[_Choice], most: int | None) -> tuple[bool, int]:
+    """One schedule: the choices of `path`, then always the first, with at most so many interruptions; what is chosen is
+    appended. Returns whether it came to its end (else all that could go on was asleep), and the steps made."""
     actors = [Actor(name, steps) for name, steps in case.actors]
     locks = _Locks(case.host)
-    choices: list[tuple[int, int]] = []
+    known = len(path) - 1
     trail: list[str] = []
-    resting: Actor | None = None
     n = 0
     try:
         for actor in actors:
             # What an actor does before its first effect is its own business.
             locks.advance(actor)
+        resting: dict[int, _Found] = path[-1].resting if path else {}
+        tries: list[set[tuple[str, bool]]] = [set() for _ in actors]
+        state: object = None
         while any(not actor.done for actor in actors):
-            able = [a for a in actors if not a.done and not locks.blocked(a)]
+            able = [i for i, a in enumerate(actors) if not a.done and not locks.blocked(a)]
             if not able:
                 raise InvariantViolation(
                     "deadlock: " + ", ".join(f"{a.name} wants {a.pending}" for a in actors if not a.done), number=31
                 )
-            awake = [a for a in able if a is not resting] or able
-            taken = 0
-            if len(awake) > 1:
-                taken = prefix[len(choices)] if len(choices) < len(prefix) else 0
-                choices.append((taken, len(awake)))
-            actor = awake[taken]
+            if n >= known and state is None:
+                state = _state(case)
+            if n == len(path):
+                resting = {i: was for i, was in resting.items() if was == _Found.now(state, was.tried, actors)}
+                awake = [i for i in able if i not in resting] or able
+                choice = _next_choice(path, awake, resting, most)
+                first = choice.next_untried()
+                if first is None:
+                    return False, n
+                choice.taken = first
+                path.append(choice)
+            choice = path[n]
+            if choice.taken not in able:
+                raise InvariantViolation("a case must do the same each time that it is made")
+            actor = actors[choice.taken]
+            touched = _step(locks, actor, tries[choice.taken])
             n += 1
             if n > MAX_STEPS:
                 raise InvariantViolation(f"no end after {MAX_STEPS} steps: a livelock")
-            locks.apply(actor)
-            locks.advance(actor)
-            while actor.pending is not None and actor.pending.kind == "release":
-                locks.apply(actor)
-                locks.advance(actor)
             trail.append(f"{actor.name}: {actor.pending if actor.pending else 'end'}")
-            if actor.done:
-                locks.drop_all(actor)
             retries = actor.pending is not None and actor.pending.name == "fault.retry"
-            resting = actor if retries else None
-            case.step()
+            if n > known:
+                case.step()
+                before, state = state, _state(case)
+                if retries:
+                    # Whether it will rest depends on every lock that it tried since it began.
+                    touched |= tries[choice.taken]
+                    tried = frozenset(name for name, _ in tries[choice.taken])
+                    resting = {**resting, choice.taken: _Found.now(state, tried, actors)}
+                choice.tried[choice.taken] = _Footprint(before != state, touched)
+            if retries:
+                tries[choice.taken].clear()
         case.check([a.error if a.error is not None else a.result for a in actors])
     except Exception as error:
         error.add_note("schedule:\n  " + "\n  ".join(trail))
         raise
-    return choices, n
+    return True, n
+
+
+def _next_choice(path: list[_Choice], awake: list[int], resting: dict[int, _Found], most: int | None) -> _Choice:
+    """Who may go after the choices of `path`: whoever went last first, so that interruptions come later."""
+    if not path:
+        return _Choice(awake, {}, resting, None, 0)
+    last = path[-1]
+    interrupted = last.interruptions + (last.running not in (None, last.taken))
+    running = last.taken if last.taken in awake else None
+    if running is not None:
+        awake = [running, *(i for i in awake if i != running)]
+        if interrupted == most:
+            awake = [running]
+    # With a bound, an order that is the same but for commuting steps may be out of bounds: nobody sleeps.
+    return _Choice(awake, last.sleepers() if most is None else {}, resting, running, interrupted)
+
+
+def _state(case: Case) -> object:
+    """What others can see of the actors' work; without a way to tell, no two states are alike."""
+    return object() if case.state is None else case.state()
+
+
+def _step(locks: _Locks, actor: Actor, tried: set[tuple[str, bool]]) -> frozenset[tuple[str, bool]]:
+    """One step: up to the next effect that is not a release. Returns the locks it took, tried or dropped, and adds
+    those that it tried to `tried`."""
+    touched: set[tuple[str, bool]] = set()
+
+    def apply() -> None:
+        effect = actor.pending
+        if effect is not None and effect.lock is not None:
+            write = _TAKES.get(effect.kind)
+            if write is None:
+                write = next((w for lock, w in actor.held.locks if lock is effect.lock), True)
+            touched.add((effect.lock.name, write))
+            if effect.kind.startswith("try"):
+                tried.add((effect.lock.name, write))
+        locks.apply(actor)
+
+    apply()
+    locks.advance(actor)
+    while actor.pending is not None and actor.pending.kind == "release":
+        apply()
+        locks.advance(actor)
+    if actor.done:
+        touched |= {(lock.name, write) for lock, write in actor.held.locks}
+        locks.drop_all(actor)
+    return frozenset(touched)

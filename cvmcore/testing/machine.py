@@ -494,8 +494,10 @@ class UapiMachine(RuleBasedStateMachine):
         if step.error is not None:
             return
         new = Slot(slot_id, base, npages, page, flags, file, pgoff, file is not None and bool(file.flags & 1))
-        if old is not None and old.base == base:
-            new.written, new.touched = old.written, old.touched
+        if old is not None:
+            # The bitmap moves with the slot.
+            new.written = {gfn + base - old.base for gfn in old.written}
+            new.touched = {gfn + base - old.base for gfn in old.touched}
             if flags & ~old.flags & KVM_MEM_LOG_DIRTY_PAGES:
                 new.written, new.touched = set(), set()
         if file is not None and (file.delta is None or not file.inode.allocated):
