@@ -361,8 +361,8 @@ class VmFd:
         if file.vm is not self.vm:
             raise UapiError(errno.EINVAL, call, "the guest_memfd belongs to another VM")
         start = offset // PAGE_BYTES
-        if start + new.npages > file.inode.npages:
-            raise UapiError(errno.EINVAL, call, "the range reaches beyond the guest_memfd")
+        if not 0 <= start <= file.inode.npages - new.npages:
+            raise UapiError(errno.EINVAL, call, "the range is not within the guest_memfd")
         if file.bound(start, new.npages):
             error = errno.EINVAL if self.vm.host.kernel == "6.18" else errno.EEXIST
             raise UapiError(error, call, "the guest_memfd range is already bound")

@@ -60,7 +60,7 @@ GUEST = point("guest")
 """The vCPU runs guest code: others may act."""
 RETRY = point("fault.retry")
 
-STUCK = 10_000
+STUCK = 1_000
 """Retries of one fault after which the model itself is at fault."""
 
 

@@ -212,6 +212,15 @@ def test_gmem_range_already_bound(kernel: str, error: int) -> None:
     assert fails(box, bind(2, M2)) == 0
 
 
+@pytest.mark.parametrize("offset", [-PAGE, M2 + PAGE, 2 * M2, (1 << 64) - 2 * M2])
+def test_gmem_range_outside_of_the_file(kernel: str, offset: int) -> None:
+    """kvm_gmem_bind: a negative offset, or a range that ends behind i_size."""
+    box = Box(SWPROT, kernel=kernel)
+    fd = box.fd.create_guest_memfd(2 * M2)
+
+    assert fails(box, slot(1, GUEST_MEMFD, 1 << 30, M2, fd=fd, offset=offset)) == errno.EINVAL
+
+
 def test_gmem_of_another_vm(kernel: str) -> None:
     box = Box(SWPROT, kernel=kernel)
     other = box.process.create_vm()
