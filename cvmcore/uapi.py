@@ -310,8 +310,9 @@ class VmFd:
             raise bad("guest_memfd slots cannot be logged or read only")
         if (size_bytes | gpa | hva) & PAGE_MASK or not 0 <= hva <= TASK_SIZE - size_bytes:
             raise bad("size, gpa and hva must be whole pages, hva a user address")
+        gmem_offset %= 1 << 64  # __u64, which becomes a loff_t when the range is bound
         if flags & KVM_MEM_GUEST_MEMFD and (gmem_offset & PAGE_MASK or gmem_offset + size_bytes >= 1 << 64):
-            raise bad("the guest_memfd offset must be a whole page")
+            raise bad("the guest_memfd offset must be a whole page, and offset + size must not wrap")
         if as_id > 0 or gpa + size_bytes >= 1 << 64 or gpa < 0 or size_bytes < 0:
             raise bad("no such address space, or gpa + size wraps")
         npages = size_bytes // PAGE_BYTES
@@ -361,7 +362,7 @@ class VmFd:
         if file.vm is not self.vm:
             raise UapiError(errno.EINVAL, call, "the guest_memfd belongs to another VM")
         start = offset // PAGE_BYTES
-        if not 0 <= start <= file.inode.npages - new.npages:
+        if start + new.npages > file.inode.npages:
             raise UapiError(errno.EINVAL, call, "the range is not within the guest_memfd")
         if file.bound(start, new.npages):
             error = errno.EINVAL if self.vm.host.kernel == "6.18" else errno.EEXIST

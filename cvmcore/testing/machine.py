@@ -511,8 +511,8 @@ class UapiMachine(RuleBasedStateMachine):
         old = self.slots.get(slot_id)
         if flags & ~3 or (file is not None and flags):
             return errno.EINVAL
-        if file is not None and pgoff < 0:
-            return errno.EINVAL
+        if file is not None and pgoff < 0 <= pgoff + npages:
+            return errno.EINVAL  # offset + size wraps
         if old is not None:
             # A slot that was created with a file keeps the flag, also when the file is gone.
             if file is not None or old.id in self.gmem_slots or (old.npages, old.page) != (npages, page):
@@ -526,7 +526,7 @@ class UapiMachine(RuleBasedStateMachine):
         if moved and clash:
             return errno.EEXIST
         if file is not None:
-            if pgoff + npages > file.npages:
+            if pgoff < 0 or pgoff + npages > file.npages:
                 return errno.EINVAL
             bound = [s for s in self.slots.values() if s.file is file]
             if any(s.pgoff < pgoff + npages and pgoff < s.pgoff + s.npages for s in bound):
