@@ -194,6 +194,14 @@ class PinMetadata:
             if np.count_nonzero(words):
                 yield from self.pages(words)
 
+    def behind(self, heads: Words, level: int) -> tuple[Words, Words]:
+        """Offsets and frames of the other 4K pages of large mappings at these heads, where none has its own pin."""
+        inside = np.arange(1, pages_per_level(level), dtype=np.uint32)
+        offsets = (heads[:, None] + inside).ravel()
+        pfns = ((self.pins[heads] & _PFN)[:, None] + inside).ravel()
+        bare = self.pins[offsets] == 0
+        return offsets[bare], pfns[bare]
+
     @staticmethod
     def pages(words: Words) -> Iterator[tuple[Sel, int]]:
         """What elements say: first frames and level, one pair for each level."""
@@ -513,14 +521,16 @@ class AmdSev:
         index, pfns = batch.indexes, batch.pfns
         old = take(metadata.pins, index)
         if np.count_nonzero(old):
-            missing = (old == 0) | ((old & _PFN) != array_of(pfns).astype(np.uint32))
+            moved = (old & _PFN) != array_of(pfns).astype(np.uint32)
+            levels = old >> _LEVEL_SHIFT
+            self._repin(vm, metadata, where(index, moved & (levels > batch.level)), batch.level)
+            old = take(metadata.pins, index).copy()
+            missing = moved | (levels < batch.level)
             if not np.count_nonzero(missing):
                 return None
-            replaced = missing & (old != 0)
-            if np.count_nonzero(replaced):
-                for gone, level in metadata.pages(old[replaced]):
-                    vm.host.meter.charge("cacheline_flush_4k", count(gone) << order_of(level))
-                    self._unpin(vm.host, [gone], level)
+            for gone, level in metadata.pages(old[missing]):
+                vm.host.meter.charge("cacheline_flush_4k", count(gone) << order_of(level))
+                self._unpin(vm.host, [gone], level)
             index = where(index, missing)
             pfns = contiguous(array_of(pfns)[missing], pages_per_level(batch.level))
         host, order = vm.host, order_of(batch.level)
@@ -534,6 +544,20 @@ class AmdSev:
         else:
             metadata.pins[index] = pfns | mark
         return None
+
+    def _repin(self, vm: VmView, metadata: PinMetadata, index: Sel, level: int) -> None:
+        """Large mappings that were split lose the pin at their head: their other pages get their own first.
+
+        The RFC does not, and leaves them mapped and unpinned.
+        """
+        words = take(metadata.pins, index)
+        for large in range(level + 1, PG_LEVEL_1G + 1):
+            split = words >> _LEVEL_SHIFT == large
+            if np.count_nonzero(split):
+                offsets, pfns = metadata.behind(array_of(where(index, split)).astype(np.uint32), large)
+                vm.host.frames.pin(contiguous(pfns.astype(np.int64)))
+                vm.host.meter.charge("gup_pin_4k", len(pfns))
+                metadata.pins[offsets] = pfns | (PG_LEVEL_4K << int(_LEVEL_SHIFT))
 
     # ---- encrypted regions: pinning up front --------------------------------------------------------------------
 

@@ -160,6 +160,27 @@ def test_a_2m_mapping_is_one_pin_at_its_head(rig):
     assert np.flatnonzero(slot.arch.pins).tolist() == [0, 1, 512]
 
 
+def test_a_split_mapping_whose_head_is_replaced_keeps_its_other_pages_pinned(rig):
+    """The RFC would leave pages 3 to 511 mapped without a pin: the one pin was the head's."""
+    vm = rig.vm("sev")
+    slot = rig.slot(vm, 1024, 512, run(1024, 1024))
+    pin(rig, vm, slot, run(512, 1, 512), M)
+    slot.pfns = np.concatenate([np.arange(100, 103), np.arange(1027, 2048)])
+    pin(rig, vm, slot, run(512, 3))
+    assert rig.host.frames.pins[1024:1536].tolist() == [0] * 3 + [1] * 509
+    assert rig.host.frames.pins[[100, 101, 102]].tolist() == [1, 1, 1]
+
+
+def test_a_small_pin_under_a_large_mapping_gives_way(rig):
+    """A head that was pinned as 4K is mapped as 2M: the pin has to hold all of it."""
+    vm = rig.vm("sev")
+    slot = rig.slot(vm, 1024, 512, run(1024, 1024))
+    pin(rig, vm, slot, run(512, 1))
+    pin(rig, vm, slot, run(512, 1, 512), M)
+    assert rig.host.frames.pins[1024:1536].tolist() == [1] * 512
+    assert rig.items["gup_unpin_4k"] == 1
+
+
 def test_a_replaced_frame_is_flushed_and_unpinned_first(rig):
     vm = rig.vm("sev")
     slot = rig.slot(vm)
