@@ -23,8 +23,9 @@ from cvmcore import traces
 from cvmcore.errors import InputError
 from cvmcore.traces import Chunk, DenseGfns, open_trace, reduce_trace
 
-SAMPLE = Path(traces.__file__).parent / "workloads" / "sample-python.jsonl.gz"
+SAMPLE = Path(traces.__file__).parents[1] / "workloads" / "sample-python.jsonl.gz"
 HEADER = '{"cvmcore_trace": 1}\n'
+NO_TRACE = "neither output of valgrind's lackey nor kernel ftrace text nor a cvmcore trace"
 Access = tuple[int, bool]
 
 fuzz = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -139,8 +140,8 @@ def test_lackey_reads_as_line_by_line(
     path = trace("==1== Lackey\n" + "".join(itertools.chain(*zip(chatter, lines, strict=False))))
 
     assert read(path) == runs(expected)
-    monkeypatch.setattr(traces, "BLOCK_BYTES", block)
-    monkeypatch.setattr(traces, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(traces.stream, "BLOCK_BYTES", block)
+    monkeypatch.setattr(traces.chunks, "CHUNK_ROWS", 7)
     with open_trace(path) as reader:
         chunks = list(reader)
     assert runs(rows_of(chunks)) == runs(expected)
@@ -219,7 +220,7 @@ def test_both_spellings_of_records_read_the_same(
 ) -> None:
     objects = [{"page": page, "op": op, "n": n} for page, op, n in records]
     expected = [(page, op == "w", n) for page, op, n in records]
-    monkeypatch.setattr(traces, "BLOCK_BYTES", block)
+    monkeypatch.setattr(traces.stream, "BLOCK_BYTES", block)
 
     for separators in ((",", ":"), (", ", ": ")):
         lines = [json.dumps(record, separators=separators) for record in objects]
@@ -264,7 +265,7 @@ def test_progress_reaches_the_whole_file(tmp_path: Path, zipped: bool) -> None:
     with open_trace(path, lambda done, total: seen.append((done, total))) as reader:
         list(reader)
 
-    assert len(seen) > 3
+    assert len(seen) > 2
     assert seen == sorted(seen)
     assert {total for _, total in seen} == {path.stat().st_size}
     assert seen[-1][0] == path.stat().st_size
@@ -274,10 +275,10 @@ def test_progress_reaches_the_whole_file(tmp_path: Path, zipped: bool) -> None:
     ("content", "says"),
     [
         (b"", "the file is empty"),
-        (b"\n\n\n", "neither output of valgrind's lackey nor a cvmcore trace"),
-        (b"\x7fELF\x02\x01\x01" + bytes(range(256)) * 40, "neither output of valgrind's lackey nor a cvmcore trace"),
+        (b"\n\n\n", NO_TRACE),
+        (b"\x7fELF\x02\x01\x01" + bytes(range(256)) * 40, NO_TRACE),
         (bytes(1 << 20), "line 1 is longer than"),
-        (b"total 17\ndrwxr-xr-x", "neither output of valgrind's lackey nor a cvmcore trace; it begins with 'total 17'"),
+        (b"total 17\ndrwxr-xr-x", NO_TRACE + "; it begins with 'total 17'"),
         (b"==1== Memcheck, an error detector\n", "no memory access in it (was valgrind run with --trace-mem=yes?)"),
         (b"I  04001000,3\nI  0400", "line 2 has no end: the trace is truncated"),
         (b'{"event": "fault"}\n', 'no cvmcore trace: the first line has no "cvmcore_trace"'),
@@ -444,7 +445,7 @@ def test_reduction_collapses_windows_whatever_the_chunks(
     source = trace(HEADER + "".join(f'{{"page":{page},"op":"{"rw"[w]}","n":{n}}}\n' for page, w, n in records))
     target = tmp_path / f"small{suffix}"
     expected = reference_reduction(records, window)
-    monkeypatch.setattr(traces, "CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(traces.chunks, "CHUNK_ROWS", chunk_rows)
 
     reduction = reduce_trace(source, target, window=window, about={"program": "p"})
 
