@@ -1,5 +1,7 @@
 # make demo   what cvmcore is for, on the shipped sample        make test    the tests
 # make lint   ruff                                              make types   mypy --strict
+# make bench  what the model itself costs, beside floors        make bench-check   that nothing got slower than recorded
+# make bench-record    record the ratios that bench-check compares with
 # Everything runs in .venv, which `make setup` makes; only Python >= 3.11 with venv and pip is needed.
 
 PYTHON ?= python3
@@ -9,7 +11,10 @@ PIP := $(BIN)/python -m pip -qq --no-input --disable-pip-version-check install -
 PLUGINS := plugins/sev plugins/tdx plugins/pkvm
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint types clean
+MEASURED := swprot,sev,snp,tdx,pkvm
+RECORDED := tests/bench.json
+
+.PHONY: setup demo test lint types bench bench-check bench-record clean
 
 setup: $(STAMP)
 
@@ -31,6 +36,15 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/cvm bench --backends $(MEASURED)
+
+bench-check: setup
+	$(BIN)/cvm bench --backends $(MEASURED) --quick --check $(RECORDED)
+
+bench-record: setup
+	$(BIN)/cvm bench --backends $(MEASURED) --quick --record $(RECORDED)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage* build dist

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from cvmcore.backend import Backend
+    from cvmcore.explain import Explain
+    from cvmcore.plot import Plot
     from cvmcore.runner import Report, Setup
+    from cvmcore.study import Outcome, Study
+    from cvmcore.timeline import Timeline
     from cvmcore.tracer import Tracer
     from cvmcore.workloads import Workload
 
@@ -77,7 +81,7 @@ def say(what: RenderableType) -> None:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPED_WIDTH
     least = Measurement.get(console, console.options.update(max_width=10_000), what).minimum
-    console.width = max(console.width, least)
+    console.width = max(console.width, least + 1)  # rich counts a table without edges one too short
     console.print(what)
 
 
@@ -95,6 +99,17 @@ def parse_size(text: str, what: str) -> int:
     if match is None:
         raise InputError(f"{what} '{text}' is no size: give a whole number and K, M, G or T, as in 64G")
     return int(match[1]) << _UNITS[match[2]]
+
+
+def parse_page(text: str, what: str) -> int:
+    """The number of a page, decimal or with 0x. Raises InputError."""
+    from cvmcore.explain import MAX_GFN
+
+    match = re.fullmatch(r"(\d{1,20})|0[xX]([0-9a-fA-F]{1,16})", text, re.ASCII)
+    page = MAX_GFN if match is None else int(match[1] or match[2], 10 if match[1] else 16)
+    if page >= MAX_GFN:
+        raise InputError(f"{what} '{text}' is no page number: give 4096 or 0x1000, below 2**52")
+    return page
 
 
 def parse_pairs(texts: list[str], flag: str) -> dict[str, str]:
@@ -137,6 +152,10 @@ WorkloadOptions = Annotated[
     list[str],
     typer.Option("-w", "--workload-option", metavar="NAME=VALUE", help="A workload's option; may be repeated."),
 ]
+Policies = Annotated[
+    list[str],
+    typer.Option("-p", "--policy", metavar="NAME=VALUE", help="A choice of the core itself; see docs/design.md."),
+]
 Mem = Annotated[str | None, typer.Option("--mem", metavar="SIZE", help="Guest memory, as 64G (K, M, G, T).")]
 Vcpus = Annotated[int, typer.Option("--vcpus", metavar="N", help="How many vCPUs.")]
 Backing = Annotated[str, typer.Option("--backing", metavar="4k|2m", help="Largest pages that back memory.")]
@@ -147,7 +166,10 @@ Profiles = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of everything that happens by chance.", min=0)]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON in place of a table.")]
-TraceFile = Annotated[Path | None, typer.Option("--trace", metavar="OUT.jsonl", help="Write all events there.")]
+TraceFile = Annotated[
+    Path | None,
+    typer.Option("--trace", metavar="OUT", help="Write what happened: .pftrace or .json a timeline, else all events."),
+]
 
 
 def _version(asked: bool) -> None:
@@ -271,8 +293,8 @@ def _show_hooks(implemented: dict[str, set[str]], one: Backend | None, as_json: 
         say(Group(_described(one.name, f"{one.summary} ({has})", one), "", made))
 
 
-def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Plain columns with titles; all but the first are folded where the terminal is narrow."""
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]], *, fold: bool = True) -> Table:
+    """Plain columns with titles; all but the first are folded where the terminal is narrow, or none."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -280,13 +302,13 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     made = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for number, title in enumerate(titles):
         width = max((len(row[number]) for row in rows), default=0)
-        made.add_column(title, min_width=width if number == 0 else None, overflow="fold")
+        made.add_column(title, min_width=width if number == 0 or not fold else None, overflow="fold")
     for row in rows:
         made.add_row(*row)
     return made
 
 
-def _option_rows(owner: Backend | Workload) -> list[dict[str, Any]]:
+def _option_rows(owner: Backend | Workload | Study) -> list[dict[str, Any]]:
     return [
         {"name": o.name, "default": o.default, "choices": list(o.choices), "help": o.help} for o in owner.options
     ]
@@ -322,6 +344,7 @@ def run(
     backend: Annotated[str, typer.Option("--backend", metavar="NAME", help="See `cvm backends`.")] = "swprot",
     option: BackendOptions = [],  # noqa: B006 - typer reads it, nobody writes it
     workload_option: WorkloadOptions = [],  # noqa: B006
+    policy: Policies = [],  # noqa: B006
     mem: Mem = None,
     vcpus: Vcpus = 1,
     backing: Backing = "4k",
@@ -335,7 +358,8 @@ def run(
     from cvmcore.plugins import load_backend
     from cvmcore.runner import load_workload
 
-    setup = _setup(mem, vcpus, backing, kernel, parse_profiles(profile, [backend]).get(backend), seed)
+    profiles = parse_profiles(profile, [backend])
+    setup = _setup(mem, vcpus, backing, kernel, profiles.get(backend), seed, parse_pairs(policy, "-p"))
     options, work = parse_pairs(option, "-o"), parse_pairs(workload_option, "-w")
     chosen = load_workload(workload)
     with _tracing(trace, workload, [backend]) as tracer:
@@ -352,6 +376,7 @@ def compare(
     ] = None,
     option: BackendOptions = [],  # noqa: B006
     workload_option: WorkloadOptions = [],  # noqa: B006
+    policy: Policies = [],  # noqa: B006
     mem: Mem = None,
     vcpus: Vcpus = 1,
     backing: Backing = "4k",
@@ -360,6 +385,9 @@ def compare(
     seed: Seed = 0,
     as_json: AsJson = False,
     trace: TraceFile = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="OUT", help="Draw where the time goes: .svg, .png or .pdf.")
+    ] = None,
 ) -> int:
     """Run a workload on several backends and show them side by side."""
     import gc
@@ -368,9 +396,10 @@ def compare(
 
     from cvmcore.backend import GROUP
     from cvmcore.plugins import installed, load_backend
+    from cvmcore.progress import Bar
     from cvmcore.runner import load_workload
 
-    setup = _setup(mem, vcpus, backing, kernel, None, seed)
+    setup = _setup(mem, vcpus, backing, kernel, None, seed, parse_pairs(policy, "-p"))
     options, work = parse_pairs(option, "-o"), parse_pairs(workload_option, "-w")
     chosen = load_workload(workload)
     names = list(installed(GROUP)) if backends is None else parse_backends(backends)
@@ -393,7 +422,7 @@ def compare(
             raise InputError(f"none of {', '.join(b.name for b in found)} has an option '{name}'")
 
     reports: list[Report] = []
-    with _tracing(trace, workload, [one.name for one in found]) as tracer:
+    with _plotting(plot) as picture, _tracing(trace, workload, [one.name for one in found]) as tracer:
         for one in found:
             own = {name: value for name, value in options.items() if name in {o.name for o in one.options}}
             try:
@@ -408,16 +437,241 @@ def compare(
                 failures.append(CvmError(f"{one.name} could not finish: {error}"))
             # A host and its VMs know each other: their arrays would stay until Python happens to look for cycles.
             gc.collect()
+        if picture is not None and reports:
+            with Bar("plot"):
+                picture.draw(reports)
     code = _finish(reports, as_json, top=5) if reports else 0
     for failure in failures:
         complain(failure)
     return BAD_INPUT if failures else code
 
 
-def _setup(mem: str | None, vcpus: int, backing: str, kernel: str, profile: Path | None, seed: int) -> Setup:
+@app.command()
+def study(
+    name: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="Which; without it, all are listed.")] = None,
+    option: Annotated[
+        list[str], typer.Option("-s", "--study-option", metavar="NAME=VALUE", help="A study's option; may be repeated.")
+    ] = [],  # noqa: B006
+    uncertainty: Annotated[
+        int, typer.Option("--uncertainty", metavar="N", help="Also at N draws of prices, as sure as they are.", min=0)
+    ] = 0,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="OUT", help="Draw the findings: .svg, .png or .pdf.")
+    ] = None,
+) -> None:
+    """Answer a question about a design with numbers, or list the studies."""
+    from cvmcore.progress import Bar
+    from cvmcore.study import load_study
+    from cvmcore.study import run as run_study
+
+    if name is None:
+        _list_studies(as_json)
+        return
+    chosen = load_study(name)
+    if plot is not None and chosen.draw is None:
+        raise InputError(f"study {name} draws nothing")
+    with _plotting(plot) as picture:
+        with Bar(name) as bar:
+            outcome = run_study(chosen, parse_pairs(option, "-s"), draws=uncertainty, seed=seed, progress=bar)
+        if picture is not None and chosen.draw is not None:
+            draw = chosen.draw
+            picture.paint(lambda figure: draw(outcome.findings, figure))
+    _show_study(chosen, outcome, as_json)
+
+
+def _list_studies(as_json: bool) -> None:
+    from cvmcore.plugins import installed
+    from cvmcore.study import GROUP, load_study
+
+    found: list[Study] = []
+    bad: list[PluginError] = []
+    for one in installed(GROUP):
+        try:
+            found.append(load_study(one))
+        except PluginError as error:
+            bad.append(error)
+    if as_json:
+        _dump({"studies": [{"name": s.name, "question": s.question, "source": s.source, "options": _option_rows(s)}
+                           for s in found]})  # fmt: skip
+    else:
+        say(_table(("study", "question", "options"), [
+            (s.name, s.question, ", ".join(option.name for option in s.options)) for s in found
+        ]))
+    for reason in bad:
+        complain(reason)
+
+
+def _show_study(chosen: Study, outcome: Outcome, as_json: bool) -> None:
+    findings = outcome.findings
+    if as_json:
+        _dump({
+            "study": chosen.name, "question": chosen.question, "source": chosen.source,
+            "rows": [row | ({"flips": outcome.row_flips[i]} if outcome.row_flips else {})
+                     for i, row in enumerate(findings.rows)],
+            "calibrated": findings.calibrated, "predicted": findings.predicted, "notes": findings.notes,
+            "conclusion": findings.conclusion, "verdict": str(findings.verdict), "draws": outcome.draws,
+            "flips": outcome.flips, "other_verdicts": {str(v): n for v, n in outcome.others.items()},
+        })
+        return
+    from rich.console import Group
+    from rich.text import Text
+
+    columns = chosen.columns
+    titles = [f"{c.title}, {c.unit}" if c.unit else c.title for c in columns]
+    rows = [[_figure(row.get(c.name), c.digits) for c in columns] for row in findings.rows]
+    if outcome.row_flips:
+        titles.append(f"flips of {outcome.draws}")
+        rows = [[*row, str(n)] for row, n in zip(rows, outcome.row_flips, strict=True)]
+    told = [f"calibrated: {text}" for text in findings.calibrated]
+    told += [f"predicted: {text}" for text in findings.predicted]
+    told += [*findings.notes, "", findings.conclusion]
+    if outcome.draws:
+        told.append(f"prices drawn within their confidence {outcome.draws} times: other verdicts in {outcome.flips}")
+        told += [f"  {n} x {verdict}" for verdict, n in outcome.others.items()]
+    heading = Text(f"{chosen.name}: {chosen.question}", style="bold")
+    made = _table(titles, rows)
+    for number, column in enumerate(made.columns):
+        column.min_width = max(len(titles[number]), *(len(row[number]) for row in rows))
+    say(Group(heading, Text(f"source: {chosen.source}"), "", made, "", *map(Text, told)))
+
+
+def _figure(value: Any, digits: int) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.{digits}f}" if isinstance(value, float) else str(value)
+
+
+@app.command()
+def hw(
+    name: Annotated[str, typer.Argument(metavar="BACKEND", help="Whose hardware.")],
+    script: Annotated[
+        str | None, typer.Argument(metavar="[SCRIPT]", help="JSON lines; - is standard input; without: what there is.")
+    ] = None,
+) -> None:
+    """Drive trusted hardware by itself: one operation a line, one answer a line."""
+    import json
+
+    from cvmcore.hwscript import described, load_hardware, play
+
+    operations = load_hardware(name)
+    if script is None:
+        say(_table(("operation", "arguments", "what it does"), described(operations)))
+        return
+    with _reading(script) as lines:
+        for answer in play(operations, lines, "standard input" if script == "-" else script):
+            typer.echo(json.dumps(answer))
+
+
+def _reading(path: str) -> AbstractContextManager[Iterable[str]]:
+    """A text file, or standard input."""
+    if path == "-":
+        return nullcontext(sys.stdin)
+    try:
+        return open(path, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+@app.command()
+def explain(
+    workload: Annotated[str | None, typer.Argument(metavar="[WORKLOAD]", help="As for `cvm run`.")] = None,
+    file: File = None,
+    gfn: Annotated[
+        str | None, typer.Option("--gfn", metavar="N", help="Which page of the guest: 4096 or 0x1000.")
+    ] = None,
+    pfn: Annotated[str | None, typer.Option("--pfn", metavar="N", help="Or which frame of the host.")] = None,
+    log: Annotated[
+        Path | None, typer.Option("--from", metavar="LOG.jsonl", help="Of a run that --trace wrote down.")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option("--backend", metavar="NAME", help="See `cvm backends`; swprot, or those of the log.")
+    ] = None,
+    option: BackendOptions = [],  # noqa: B006
+    workload_option: WorkloadOptions = [],  # noqa: B006
+    policy: Policies = [],  # noqa: B006
+    mem: Mem = None,
+    vcpus: Vcpus = 1,
+    backing: Backing = "4k",
+    kernel: Kernel = "6.18",
+    profile: Profiles = [],  # noqa: B006
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> int:
+    """Show the life of one page in a run: who did what, when, at what cost, from which state to which."""
+    from cvmcore.explain import Explain, read_log
+
+    if (gfn is None) == (pfn is None):
+        raise InputError("give either --gfn or --pfn")
+    if (workload is None) == (log is None):
+        raise InputError("give either a workload to run, or a log to read with --from")
+    page = {"gfn": parse_page(gfn, "--gfn")} if gfn is not None else {"pfn": parse_page(pfn or "", "--pfn")}
+    report = None
+    if workload is not None:
+        from cvmcore.plugins import load_backend
+        from cvmcore.runner import load_workload
+
+        name = backend or "swprot"
+        prices = parse_profiles(profile, [name]).get(name)
+        setup = _setup(mem, vcpus, backing, kernel, prices, seed, parse_pairs(policy, "-p"))
+        options, work = parse_pairs(option, "-o"), parse_pairs(workload_option, "-w")
+        lives = [Explain(**page)]
+        report = _run_one(load_workload(workload), load_backend(name), setup, options, work, file, lives[0])
+        source = workload
+    else:
+        from cvmcore.progress import Bar
+
+        assert log is not None
+        with Bar(log.name) as bar:
+            lives = read_log(log, lambda: Explain(**page), bar)
+        if not lives:
+            raise InputError(f"{log}: has no run in it")
+        if backend is not None and not (lives := [life for life in lives if life.backend == backend]):
+            raise InputError(f"{log}: has no run on {backend}")
+        source = str(log)
+    _show_lives(lives, source, report, as_json)
+    if report is None or report.ok:
+        return 0
+    for sentence in [*report.wrong, *report.readable, *report.left]:
+        complain(f"{report.backend}: {sentence}")
+    return WRONG
+
+
+def _show_lives(lives: Sequence[Explain], source: str, report: Report | None, as_json: bool) -> None:
+    from cvmcore.explain import TITLES, table_of, to_json
+
+    skipped = report.skipped if report is not None else ""
+    if as_json:
+        _dump(to_json(lives, source, skipped))
+        return
+    from rich.console import Group
+    from rich.text import Text
+
+    for life in lives:
+        title = f"{life.page} in {source} on {life.backend}"
+        if skipped:
+            say(Text(f"{title}: skipped, {skipped}"))
+        elif not life.touched:
+            say(Text(f"{title}: nothing ever touches it"))
+        else:
+            steps = _table(TITLES, table_of(life), fold=False)
+            say(Group(Text(title, style="bold"), steps, *map(Text, life.remarks())))
+
+
+def _setup(
+    mem: str | None,
+    vcpus: int,
+    backing: str,
+    kernel: str,
+    profile: Path | None,
+    seed: int,
+    policies: dict[str, str] | None = None,
+) -> Setup:
     from cvmcore.runner import Setup
 
-    return Setup(None if mem is None else parse_size(mem, "--mem"), vcpus, backing, kernel, profile, seed)
+    mem_bytes = None if mem is None else parse_size(mem, "--mem")
+    return Setup(mem_bytes, vcpus, backing, kernel, profile, seed, policies or {})
 
 
 def _run_one(
@@ -427,26 +681,41 @@ def _run_one(
     options: dict[str, str],
     work: dict[str, str],
     file: str | None,
-    tracer: Tracer | None,
+    tracer: Tracer | Timeline | Explain | None,
 ) -> Report:
     from cvmcore.progress import Bar
     from cvmcore.runner import run as run_workload
 
-    if tracer is not None:
-        tracer.backend = backend.name
     with Bar(backend.name) as bar:
-        return run_workload(
+        report = run_workload(
             workload, backend, setup, backend_options=options, workload_options=work, file=file,
             observers=[] if tracer is None else [tracer], progress=bar,
         )  # fmt: skip
+    report.notes += [] if tracer is None else tracer.remarks()
+    return report
 
 
-def _tracing(path: Path | None, workload: str, names: list[str]) -> AbstractContextManager[Tracer | None]:
+def _tracing(path: Path | None, workload: str, names: list[str]) -> AbstractContextManager[Tracer | Timeline | None]:
     if path is None:
         return nullcontext()
+    header = {"cvmcore": __version__, "workload": workload, "backends": names}
+    if path.suffix.lower() in (".pftrace", ".json"):
+        from cvmcore.timeline import Timeline
+
+        return Timeline(path, header)
     from cvmcore.tracer import Tracer
 
-    return Tracer(path, {"cvmcore": __version__, "workload": workload, "backends": names})
+    return Tracer(path, header)
+
+
+def _plotting(path: Path | None) -> AbstractContextManager[Plot | None]:
+    if path is None:
+        return nullcontext()
+    from cvmcore.plot import Plot
+    from cvmcore.progress import Bar
+
+    with Bar("plot"):  # the first time, matplotlib looks for fonts
+        return Plot(path)
 
 
 def _finish(reports: list[Report], as_json: bool, top: int) -> int:
@@ -457,6 +726,46 @@ def _finish(reports: list[Report], as_json: bool, top: int) -> int:
     else:
         say(shown(reports, top=top))
     return 0 if all(report.ok for report in reports) else WRONG
+
+
+# ---- measuring the model itself -------------------------------------------------------------------------------
+
+
+@app.command()
+def bench(
+    rows: Annotated[list[str] | None, typer.Argument(metavar="[ROW...]", help="Some rows only, as random_ns.")] = None,
+    backends: Annotated[
+        str | None, typer.Option("--backends", metavar="A,B,C", help="Which, in this order; else all installed ones.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller guests, fewer rounds.")] = False,
+    check: Annotated[
+        Path | None, typer.Option("--check", metavar="FILE", help="Compare with recorded ratios; 1: got slower.")
+    ] = None,
+    record: Annotated[Path | None, typer.Option("--record", metavar="FILE", help="Record the ratios there.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Measure the model: what a fault, a page and a guest cost here, beside the least that numpy could pay."""
+    from cvmcore import bench as bench_
+    from cvmcore.backend import GROUP
+    from cvmcore.plugins import installed
+    from cvmcore.progress import Bar
+
+    size = bench_.QUICK if quick else bench_.FULL
+    old = bench_.recorded(check, size) if check is not None else {}
+    names = list(installed(GROUP)) if backends is None else parse_backends(backends)
+    with Bar("bench") as bar:
+        results = bench_.measure(rows or list(bench_.ROWS), names, size, bar)
+        slower = bench_.check(results, old, lambda row, name: bench_.measure([row], [name], size, bar)[0])
+    if record is not None:
+        bench_.record(record, results, size)
+    if as_json:
+        _dump(bench_.to_json(results, size))
+    else:
+        titles, cells = bench_.table(results)
+        say(_table(titles, cells))
+    for sentence in slower:
+        complain(sentence)
+    return WRONG if slower else 0
 
 
 if __name__ == "__main__":

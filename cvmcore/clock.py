@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 
 class Meter:
@@ -18,24 +18,33 @@ class Meter:
         self.elsewhere: dict[str, int] = {}
         self.ops: dict[str, int] = {}
         self.now_ns: float = 0
+        self.watch: Callable[[str, str, str, int], None] | None = None
+        """Told (kind, name, price item, n) of all work, where somebody listens; kinds as in `events.Event`."""
 
     def charge(self, item: str, n: int = 1) -> None:
         """Charge n times the price `item` to whoever is running. KeyError for an item no profile has: a bug."""
         if n:
             self.now_ns += self.prices[item] * n
             self.counts[item] = self.counts.get(item, 0) + n
+            if self.watch:
+                self.watch("charge", item, item, n)
 
     def op(self, name: str, item: str, n: int = 1) -> None:
         """Count n vendor operations under their spec's name, and charge them."""
         if n:
             self.ops[name] = self.ops.get(name, 0) + n
-            self.charge(item, n)
+            self.now_ns += self.prices[item] * n
+            self.counts[item] = self.counts.get(item, 0) + n
+            if self.watch:
+                self.watch("op", name, item, n)
 
     def charge_elsewhere(self, item: str, n: int = 1) -> None:
         """Charge work that other CPUs do meanwhile: cpu time, but not the runner's waiting time."""
         if n:
             self.prices[item]
             self.elsewhere[item] = self.elsewhere.get(item, 0) + n
+            if self.watch:
+                self.watch("elsewhere", item, item, n)
 
     @property
     def cpu_ns(self) -> float:

@@ -13,7 +13,8 @@ Trusted hardware (`hw` of each plugin) uses this module as well: its own locks a
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -26,15 +27,27 @@ BUSY = object()
 """What a driver sends into an operation whose try-lock was not free."""
 
 
+_TAKES = {"read": False, "write": True, "try_read": False, "try_write": True}
+_TRIES = frozenset({"try_read", "try_write"})
+
+
 class Effect:
     """One thing an operation asks of its driver. Instances are made once and reused: yielding allocates nothing."""
 
-    __slots__ = ("kind", "lock", "name")
+    __slots__ = ("_name", "kind", "lock", "takes", "tries")
 
     def __init__(self, kind: str, lock: Lock | None = None, name: str = "") -> None:
         self.kind = kind
         self.lock = lock
-        self.name = name or f"{kind} {lock.name if lock else ''}".strip()
+        self._name = name
+        self.takes = _TAKES.get(kind)
+        """Whether a lock is taken to write (True) or to read (False); None where none is taken."""
+        self.tries = kind in _TRIES
+        """A lock that is not free is not waited for: `BUSY` is the answer."""
+
+    @property
+    def name(self) -> str:
+        return self._name or f"{self.kind} {self.lock.name if self.lock else ''}".strip()
 
     def __repr__(self) -> str:
         return f"<{self.name}>"
@@ -49,14 +62,25 @@ class Lock:
 
     __slots__ = ("name", "rank", "read", "release", "try_read", "try_write", "write")
 
+    read: Effect
+    write: Effect
+    try_read: Effect
+    try_write: Effect
+    release: Effect
+
     def __init__(self, name: str, rank: int) -> None:
         self.name = name
         self.rank = rank
-        self.read = Effect("read", self)
-        self.write = Effect("write", self)
-        self.try_read = Effect("try_read", self)
-        self.try_write = Effect("try_write", self)
-        self.release = Effect("release", self)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, kind: str) -> Effect:
+            """An effect is made when it is first asked for: few locks are taken in every way."""
+            if kind != "release" and kind not in _TAKES:
+                raise AttributeError(f"a lock has no {kind}")
+            effect = Effect(kind, self)
+            setattr(self, kind, effect)
+            return effect
 
     def __repr__(self) -> str:
         return f"<Lock {self.name}>"
@@ -92,19 +116,16 @@ def drain(steps: Steps[R]) -> R:
 class BoundOperation(Generic[P, R]):
     """An operation of one object: call it to run it, or take its `steps` to compose or schedule it."""
 
-    __slots__ = ("_fn", "_owner")
+    __slots__ = ("_owner", "steps")
 
     def __init__(self, fn: Callable[..., Steps[R]], owner: object) -> None:
-        self._fn = fn
         self._owner = owner
-
-    def steps(self, *args: P.args, **kwargs: P.kwargs) -> Steps[R]:
+        self.steps: Callable[P, Steps[R]] = MethodType(fn, owner)
         """The operation as a generator of effects, for `yield from` or a scheduler."""
-        return self._fn(self._owner, *args, **kwargs)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         drive: Callable[[Steps[R]], R] = getattr(self._owner, "drive", drain)
-        return drive(self._fn(self._owner, *args, **kwargs))
+        return drive(self.steps(*args, **kwargs))
 
 
 class operation(Generic[S, P, R]):

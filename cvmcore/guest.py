@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import errno
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import attrs
 import numpy as np
@@ -18,6 +19,7 @@ from cvmcore.errors import CvmError
 from cvmcore.host import Host
 from cvmcore.memory import SCRAMBLED, ZERO
 from cvmcore.pages import (
+    PIECE_RUN,
     Sel,
     Words,
     array_of,
@@ -53,7 +55,15 @@ from cvmcore.vcpu import Accept, Action, Convert, Touch
 _STEP = 0x1E35_A7BD
 _MASK = 0x3FFF_FFFF
 _MARK = 0x4000_0000
-_RAMP: Words = np.arange(1 << 16, dtype=np.uint32)
+_RAMP: Words = np.arange(PIECE_RUN, dtype=np.uint32)
+
+
+Progress: TypeAlias = Callable[[int, int | None, str], None]
+"""Told (done, total or None where nobody knows, what is being done)."""
+
+
+def silent(done: int, total: int | None, text: str) -> None:
+    """The `Progress` of those who do not look."""
 
 
 class GuestError(CvmError):
@@ -67,8 +77,11 @@ def stamps_for(gfns: Sel, version: int) -> Words:
         low = (gfns.start + version * _STEP) & _MASK
         if low + n <= _MASK:
             return _RAMP[:n] + np.uint32(low | _MARK)
-    keys = array_of(gfns) + version * _STEP
-    return ((keys & _MASK) | _MARK).astype(np.uint32)
+    stamps: Words = array_of(gfns).astype(np.uint32)
+    stamps += np.uint32(version * _STEP & 0xFFFF_FFFF)
+    stamps &= np.uint32(_MASK)
+    stamps |= np.uint32(_MARK)
+    return stamps
 
 
 class Guest:
@@ -100,13 +113,16 @@ class Guest:
     @operation
     def write(self, gfns: Sel, vcpu: int = 0, private: bool = True) -> Steps[None]:
         """Write whole pages, accepting them first where the VM type asks for it. gfns: sorted, unique."""
-        if private and self.caps.needs_accept:
+        accepts = private and self.caps.needs_accept
+        if accepts and self.accept_level > PG_LEVEL_4K:
             yield from self._accept_new(gfns, vcpu)
         self.version += 1
         version = self.version
         versions = self._versions(private)
         for low, high in pieces(gfns):
             some = part(gfns, low, high)
+            if accepts:
+                yield from self._accept_new(some, vcpu)
             action = Touch(some, write=True, private=private, stamps=stamps_for(some, version))
             yield from self._run(action, vcpu)
             versions[some] = version
@@ -175,7 +191,7 @@ class Guest:
 
     # ---- checking ---------------------------------------------------------------------------------------------
 
-    def check(self) -> list[str]:
+    def check(self, progress: Progress = silent) -> list[str]:
         """Read back every page that the guest wrote, through the view it uses now. Returns what is wrong, in sentences.
 
         A private page that was never written must read as the VM type says (`fresh_is_zero`); only pages that are
@@ -184,6 +200,7 @@ class Guest:
         wrong: list[str] = []
         end = self.machine.end_gfn
         for low in range(0, end, 1 << 15):
+            progress(low, end, "check content")
             window = slice(low, min(low + (1 << 15), end), 1)
             for private in (True, False):
                 versions = self._versions(private)[window]
@@ -344,7 +361,7 @@ class Machine:
 
     # ---- the end ----------------------------------------------------------------------------------------------
 
-    def private_leaks(self) -> list[str]:
+    def private_leaks(self, progress: Progress = silent) -> list[str]:
         """Private pages that the host, or another VM, could read: must be none where the VM type encrypts or blocks."""
         vm = self.vm.vm
         wrong: list[str] = []
@@ -352,6 +369,7 @@ class Machine:
             return wrong
         guest = self.guest
         for low in range(0, self.end_gfn, 1 << 15):
+            progress(low, self.end_gfn, "look from outside")
             window = slice(low, min(low + (1 << 15), self.end_gfn), 1)
             mine = (guest.shared[window] == 0) & (guest.written[window] != 0)
             if not np.count_nonzero(mine):

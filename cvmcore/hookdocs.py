@@ -17,7 +17,7 @@ from typing import Any
 import attrs
 
 import cvmcore
-from cvmcore import hookspecs, observers
+from cvmcore import explain, hookspecs, observers, timeline, tracer
 from cvmcore.backend import GROUP
 from cvmcore.errors import PluginError
 from cvmcore.hookspecs import API_VERSION, HOOKS, HookInfo
@@ -218,11 +218,15 @@ def hooks() -> list[HookDoc]:
 
 
 def observer_hooks() -> list[tuple[str, Callable[..., Any], list[str]]]:
-    """The observers' hooks: name, spec, and the observers of `cvmcore.observers` that implement it."""
+    """The observers' hooks: name, spec, and the observers of the core that implement it."""
     names = [name for name, fn in vars(observers.ObserverSpec).items() if inspect.isfunction(fn)]
     mark = f"{observers.PROJECT}_impl"
-    classes = {name: cls for name, cls in vars(observers).items() if inspect.isclass(cls)}
-    shipped = {name: cls for name, cls in classes.items() if cls.__module__ == observers.__name__}
+    shipped = {
+        name: cls
+        for module in (observers, tracer, timeline, explain)
+        for name, cls in vars(module).items()
+        if inspect.isclass(cls) and cls.__module__ == module.__name__
+    }
     return [
         (
             name,

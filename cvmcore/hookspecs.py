@@ -295,6 +295,8 @@ def link_private_spt(vm: VmView, gfns: Sel, level: int, tables: Sel) -> InstallR
 def set_private_spte(vm: VmView, batch: Batch) -> InstallResult:
     """Non-present entries of an external root (mirror or mediated) become leaves. Never called on a present entry.
 
+    For a mediated root mmu_lock is held for write: its record has no entries that could be frozen by themselves.
+
     On error: Stopped; leaves below `done` stand, the core restores the entries from `done` on, and the fault is
     retried. Fatal: the vendor has bugged the VM, else it would be retried for ever.
     """
@@ -338,6 +340,23 @@ def remove_private_spte(vm: VmView, batch: Batch) -> None:
     """Leaves of an external root are zapped. Must succeed: on failure bug the VM and leak the frames.
 
     The entries are gone from the core's root when the hook returns. gmem still owns the frames.
+    """
+
+
+@_hook("total", "mmu_lock:w", "arm64: pkvm_pgtable_stage2_wrprotect")
+def wrprotect_private_spte(vm: VmView, batch: Batch) -> None:
+    """Leaves of a mediated root lose write access, because dirty logging wants to see the next write.
+
+    Leaves of any size: a huge one is not split, the write to it faults. The core flushes TLBs afterwards. Only called
+    where `dirty_logging` goes with `mediated_root`.
+    """
+
+
+@_hook("install", "mmu_lock:w", "arm64: pkvm_pgtable_stage2_relax_perms")
+def relax_private_spte(vm: VmView, batch: Batch) -> InstallResult:
+    """Leaves of a mediated root get write access back: the write has faulted, and is logged.
+
+    On error: Stopped; leaves from `done` on stay read-only, and the fault is retried.
     """
 
 
@@ -409,8 +428,9 @@ def guest_access(vm: VmView, vcpu: VcpuView, gfns: Sel, pfns: Sel, level: int, w
 def read_private_spte(vm: VmView, gfns: Sel, level: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """What the trusted table of an external root really holds at `level` for these heads (gfns: 4K numbers, any count).
 
-    Returns (state, frame), one each: state 0 absent, 1 leaf, 2 table; frame of the leaf, or of the table page where
-    the core donated it (else 0). Used to compare the core's root with the truth, and by walkers that do without a copy.
+    Returns (state, frame), one each: state 0 absent, 1 leaf, 2 table, 3 a leaf that the host has destroyed by force
+    (the core's record of it stays); frame of the leaf, or of the table page where the core donated it (else 0). Used to
+    compare the core's root with the truth, and by walkers that do without a copy.
     """
 
 

@@ -17,6 +17,7 @@ from cvmcore.memory import SCRAMBLED, Memory
 from cvmcore.observers import Log
 from cvmcore.ops import Ops
 from cvmcore.pages import Sel, Words, array_of, count, take
+from cvmcore.policies import POLICIES
 from cvmcore.types import (
     PG_LEVEL_2M,
     PG_LEVEL_4K,
@@ -40,10 +41,10 @@ class Host:
     """A machine with one vendor's hardware. VM types of that vendor live on it side by side.
 
     backend: which vendor, and the VM type that `create_vm` makes unless told otherwise. profile: prices. nr_frames:
-    memory in 4K frames. kernel: whose errno where versions differ, "6.18" or "7.x"; it changes nothing else.
-    backing: "4k" or "2m", the largest pages the host backs memory with. memlock_limit_bytes: RLIMIT_MEMLOCK of the
-    VMM, None without a limit. observers: see `cvmcore.observers`. drive: runs operations, `drain` unless told
-    otherwise.
+    memory in 4K frames. policies: choices of the core itself (`cvmcore.policies`). kernel: whose errno where versions
+    differ, "6.18" or "7.x"; it changes nothing else. backing: "4k" or "2m", the largest pages the host backs memory
+    with. memlock_limit_bytes: RLIMIT_MEMLOCK of the VMM, None without a limit. observers: see `cvmcore.observers`.
+    drive: runs operations, `drain` unless told otherwise.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Host:
         *,
         nr_frames: int = FRAMES_256_GIB,
         options: dict[str, str] | None = None,
+        policies: dict[str, str] | None = None,
         kernel: str = "6.18",
         backing: str = "4k",
         nr_cpus: int = 16,
@@ -70,6 +72,7 @@ class Host:
         self.nr_cpus = nr_cpus
         self.memlock_limit_bytes = memlock_limit_bytes
         self.options = parse_options(backend.options, options or {}, f"backend {backend.name}")
+        self.policies = parse_options(POLICIES, policies or {}, "the core")
         self.drive: Callable[[Steps[Any]], Any] = drive
         self.profile = profile
         self.meter = Meter(profile.ns_by_item())
@@ -78,12 +81,14 @@ class Host:
         self.hw: Any = None
         self.vms: list[Vm] = []
         self.nr_vms = 0
-        self.ops = Ops(backend.make(), backend.name, self.meter)
+        self.ops = Ops(backend.make(), backend.name, self.meter, self)
         self._log: Log | None = None
         for observer in observers:
             if isinstance(observer, Log):
                 self._log = observer
             self.ops.observe(observer)
+        if self.ops.watches_locks and drive is drain:
+            self.drive = self.ops.drain
         self.ops.call_now("host_init", host=self)
 
     @property

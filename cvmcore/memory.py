@@ -11,6 +11,8 @@ may use it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -34,9 +36,13 @@ class Memory:
         self.key: Keys = zeros(nr_frames, np.uint16)
         self._bytes: list[bytes] = []
         self._ids: dict[bytes, int] = {}
+        self.watch: Callable[[str, Sel, int, int | None], None] | None = None
+        """Told ("write" or "read", frames, key, stamp where it is one for all), where somebody watches the bus."""
 
     def read(self, pfns: Sel, key: int) -> Words:
         """The stamps of the frames as seen through `key` (uint32; a copy or a view: do not write to it)."""
+        if self.watch:
+            self.watch("read", pfns, key, None)
         stamps = take(self.stamp, pfns)
         foreign = take(self.key, pfns) != key
         if np.count_nonzero(foreign):
@@ -47,11 +53,15 @@ class Memory:
         """Write whole pages through `key`; `stamps` is one number for all or one for each frame."""
         self.stamp[pfns] = stamps
         self.key[pfns] = key
+        if self.watch:
+            self.watch("write", pfns, key, stamps if isinstance(stamps, int) else None)
 
     def clear(self, pfns: Sel, key: int = 0) -> None:
         """Fill the frames with zeros through `key`."""
         self.stamp[pfns] = ZERO
         self.key[pfns] = key
+        if self.watch:
+            self.watch("write", pfns, key, ZERO)
 
     def copy_raw(self, source: Sel, target: Sel) -> None:
         """Copy frames as the host does when it migrates pages: plain content arrives, encrypted content does not.

@@ -11,7 +11,7 @@ from typing import Any
 
 import pluggy
 
-from cvmcore.events import Event
+from cvmcore.events import Event, LockEvent
 
 PROJECT = "cvmcore.observers"
 observes = pluggy.HookimplMarker(PROJECT)
@@ -24,6 +24,25 @@ class ObserverSpec:
     @_spec
     def on_event(self, event: Event) -> None:
         """Something happened. Must not change anything."""
+
+    @_spec
+    def on_host(self, host: Any) -> None:
+        """The observer watches this Host from now on: it may look at it whenever it is told something."""
+
+    @_spec
+    def on_detail(self, event: Event) -> None:
+        """What happened within what `on_event` tells: calls, prices, vendor operations, entries, frames, content.
+
+        Many more than those of `on_event`. Must not change anything.
+        """
+
+    @_spec
+    def on_lock(self, event: LockEvent) -> None:
+        """A lock was waited for, taken or dropped.
+
+        Told by the timed driver, and by a Host that is made with the observer and without a driver of its own. Must
+        not change anything.
+        """
 
     @_spec(firstresult=True)
     def intercept(self, hook: str, arguments: dict[str, Any]) -> Any:

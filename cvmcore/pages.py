@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import mmap
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,16 +25,30 @@ Sel: TypeAlias = slice | IntArray
 
 EMPTY: slice = slice(0, 0, 1)
 
-PIECE_SCATTERED = 8192
-"""Pages per piece of a scattered batch: the working set stays in the second-level cache."""
-PIECE_RUN = 32768
+PIECE_SCATTERED = 32768
+"""Pages per piece of a scattered batch. Smaller ones would stay in a nearer cache, but what a piece costs whatever
+its size (some 10,000 to 20,000 bytecodes) would weigh more than the misses."""
+PIECE_RUN = 131072
 """Pages per piece of a run."""
 
 _NORESERVE: int | None = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else None)
 """Python names the flag from 3.13 on; the number is Linux' on x86 and Arm."""
 
-_MAPPED_BYTES = 1 << 20
+_MAPPED_BYTES = 1 << 18
 """From this size on an array is a mapping of its own, so that untouched pages cost nothing and are given back."""
+
+_watchers: list[list[mmap.mmap]] = []
+
+
+@contextmanager
+def mappings_made() -> Iterator[list[mmap.mmap]]:
+    """The mappings behind all large arrays that are made meanwhile: for measurements, which back or clear them."""
+    made: list[mmap.mmap] = []
+    _watchers.append(made)
+    try:
+        yield made
+    finally:
+        _watchers.pop()
 
 
 def zeros(n: int, dtype: npt.DTypeLike, *, huge: bool = False) -> npt.NDArray[Any]:
@@ -51,6 +66,8 @@ def zeros(n: int, dtype: npt.DTypeLike, *, huge: bool = False) -> npt.NDArray[An
         raise MemoryError(f"cannot reserve {nbytes} bytes of address space") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         mapping.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
+    for made in _watchers:
+        made.append(mapping)
     return np.frombuffer(mapping, dtype)
 
 
@@ -58,7 +75,7 @@ def grown(array: npt.NDArray[Any], n: int) -> npt.NDArray[Any]:
     """The array with at least n elements: itself, or a larger one with the old content and zeros behind it."""
     if n <= len(array):
         return array
-    larger = zeros(max(n, 2 * len(array)), array.dtype)
+    larger = zeros(max(n, 4 * len(array)), array.dtype)
     for start in range(0, len(array), 1 << 20):
         part = array[start : start + (1 << 20)]
         if part.any():
@@ -100,6 +117,42 @@ def contiguous(pages: npt.NDArray[Any], step: int = 1) -> Sel:
     return pages.astype(np.int64)
 
 
+def all_zero(values: npt.NDArray[Any]) -> bool:
+    """Whether all are zero. Reductions are the fastest way for long arrays, not for short ones."""
+    return not (np.count_nonzero(values) if len(values) < 4096 else np.maximum.reduce(values))
+
+
+def run_of(words: Words, shift: int = 5) -> slice | None:
+    """Where each word, a frame above `shift` flag bits, is one frame above the one before with the same flags: the run
+    of frames. None where they are no run; the words must not be none."""
+    n, low = len(words), int(words[0])
+    if n > 1 and (
+        int(words[-1]) - low != (n - 1) << shift
+        or np.count_nonzero(words[1:] - words[:-1] == words.dtype.type(1 << shift)) < n - 1
+    ):
+        return None
+    return slice(low >> shift, (low >> shift) + n, 1)
+
+
+def frames_of(words: Words, shift: int = 5) -> Sel:
+    """The frames above `shift` flag bits of the words, in any order; a run where they are one."""
+    if not len(words):
+        return EMPTY
+    frames = run_of(words, shift)
+    return frames if frames is not None else contiguous(words >> words.dtype.type(shift))
+
+
+def words_of(frames: Sel, flags: int, shift: int = 5) -> Words:
+    """Words of frames (pages of 4K, or larger ones by their step) above `shift` flag bits."""
+    if isinstance(frames, slice):
+        step = (frames.step or 1) << shift
+        return np.arange(frames.start << shift | flags, frames.stop << shift | flags, step, dtype=np.uint32)
+    words: Words = frames.astype(np.uint32)
+    words <<= np.uint32(shift)
+    words |= np.uint32(flags)
+    return words
+
+
 def sort_unique(pages: npt.ArrayLike) -> Sel:
     """Any page numbers below 2**32, as a selector: sorted on 32-bit keys, duplicates dropped, a run detected.
 
@@ -116,19 +169,24 @@ def sort_unique(pages: npt.ArrayLike) -> Sel:
 
 def count(sel: Sel) -> int:
     """How many pages."""
-    if isinstance(sel, slice):
+    if type(sel) is slice:
+        if sel.step == 1:
+            n: int = sel.stop - sel.start
+            return n if n > 0 else 0
         return len(range(sel.start, sel.stop, sel.step or 1))
     return len(sel)
 
 
 def first(sel: Sel) -> int:
     """The first page; the selector must not be empty."""
-    return int(sel.start) if isinstance(sel, slice) else int(sel[0])
+    return sel.start if type(sel) is slice else int(sel[0])
 
 
 def last(sel: Sel) -> int:
     """The last page; the selector must not be empty."""
-    return int(range(sel.start, sel.stop, sel.step or 1)[-1]) if isinstance(sel, slice) else int(sel[-1])
+    if type(sel) is slice:
+        return sel.stop - 1 if sel.step == 1 else range(sel.start, sel.stop, sel.step or 1)[-1]
+    return int(sel[-1])
 
 
 def array_of(sel: Sel) -> IntArray:
@@ -136,9 +194,14 @@ def array_of(sel: Sel) -> IntArray:
     return np.arange(sel.start, sel.stop, sel.step or 1, dtype=np.int64) if isinstance(sel, slice) else sel
 
 
+def each(sel: Sel) -> Sequence[int]:
+    """The pages as Python's own numbers: for a few of them."""
+    return range(sel.start, sel.stop, sel.step or 1) if isinstance(sel, slice) else sel.tolist()
+
+
 def take(table: npt.NDArray[Any], sel: Sel) -> npt.NDArray[Any]:
     """The table's values at the pages: a view for a run (copy before you write!), a gather for scattered pages."""
-    return table[sel] if isinstance(sel, slice) else table.take(sel)
+    return table[sel] if type(sel) is slice else table.take(sel)
 
 
 def shift(sel: Sel, delta: int) -> Sel:
@@ -150,10 +213,12 @@ def shift(sel: Sel, delta: int) -> Sel:
 
 def part(sel: Sel, start: int, stop: int) -> Sel:
     """The pages at positions [start, stop)."""
-    if isinstance(sel, slice):
+    if type(sel) is slice:
+        if start == 0 and sel.start + stop * (sel.step or 1) >= sel.stop:
+            return sel
         chosen = range(sel.start, sel.stop, sel.step or 1)[start:stop]
         return slice(chosen.start, chosen.stop, chosen.step)
-    return sel[start:stop]
+    return sel if start == 0 and stop >= len(sel) else sel[start:stop]
 
 
 def where(sel: Sel, mask: npt.NDArray[np.bool_]) -> Sel:
@@ -164,12 +229,13 @@ def where(sel: Sel, mask: npt.NDArray[np.bool_]) -> Sel:
     return contiguous(chosen, step)
 
 
-def pieces(sel: Sel) -> Iterator[tuple[int, int]]:
-    """Positions [start, stop) of the cache-sized pieces that a batch is walked in."""
+def pieces(sel: Sel, start: int = 0) -> Iterable[tuple[int, int]]:
+    """Positions [low, high) of the cache-sized pieces that a batch is walked in, from `start` on."""
     n = count(sel)
     size = PIECE_RUN if isinstance(sel, slice) else PIECE_SCATTERED
-    for start in range(0, n, size):
-        yield start, min(n, start + size)
+    if n - start <= size:
+        return ((start, n),) if start < n else ()
+    return [(low, min(n, low + size)) for low in range(start, n, size)]
 
 
 def blocks(sel: Sel, order: int) -> Sel:

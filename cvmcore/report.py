@@ -189,7 +189,7 @@ def _title(reports: Sequence[Report]) -> str:
         return "nothing was run"
     first = reports[0]
     what = first.workload + (f" {first.file}" if first.file else "")
-    what += "".join(f" {name}={value}" for name, value in first.workload_options.items())
+    what += "".join(f" {name}={value}" for name, value in first.workload_options.items() if value != "")
     vcpus = f"{first.vcpus} vCPU" + ("s" if first.vcpus > 1 else "")
     return (
         f"{what}\n{_bytes(first.mem_bytes)}, {vcpus}, backing {first.backing}, kernel {first.kernel}, seed {first.seed}"

@@ -15,11 +15,11 @@ from cvmcore.backend import Backend, parse_options
 from cvmcore.clock import Meter
 from cvmcore.cost import COMMON, Profile, load_profile
 from cvmcore.errors import InputError, PluginError
-from cvmcore.guest import Machine
+from cvmcore.guest import Machine, Progress, silent
 from cvmcore.host import FRAMES_256_GIB, Host
 from cvmcore.plugins import load, load_backend
 from cvmcore.types import PAGE_BYTES, Use
-from cvmcore.workloads import GROUP, Context, Progress, Skip, Workload, mapped_pages
+from cvmcore.workloads import GROUP, Context, Skip, Workload, mapped_pages
 
 MAX_MEM_BYTES = 256 << 30
 """A frame number has 27 bits: 512 GiB of host memory, which a guest may use twice over (private and shared)."""
@@ -31,7 +31,8 @@ Tally = Counter[tuple[str, str]]
 
 @attrs.frozen
 class Setup:
-    """How the machine is made. mem_bytes None: as the workload says. profile None: the backend's own."""
+    """How the machine is made. mem_bytes None: as the workload says. profile None: the backend's own. policies: of the
+    core (`cvmcore.policies`)."""
 
     mem_bytes: int | None = None
     vcpus: int = 1
@@ -39,6 +40,7 @@ class Setup:
     kernel: str = "6.18"
     profile: Path | None = None
     seed: int = 0
+    policies: dict[str, str] = attrs.field(factory=dict)
 
 
 @attrs.frozen
@@ -127,7 +129,7 @@ def run(
     workload_options: dict[str, str] | None = None,
     file: str | None = None,
     observers: Iterable[object] = (),
-    progress: Progress = lambda done, total, text: None,
+    progress: Progress = silent,
 ) -> Report:
     """Make a Host and a Machine, run the workload, check content, tear down.
 
@@ -147,6 +149,7 @@ def run(
         load_profile_for(backend, setup.profile),
         nr_frames=max(FRAMES_256_GIB, 2 * mem_bytes // PAGE_BYTES),
         options=backend_options,
+        policies=setup.policies,
         kernel=setup.kernel,
         backing=setup.backing,
         observers=observers,
@@ -162,6 +165,7 @@ def run(
 def _run(workload: Workload, host: Host, report: Report, progress: Progress) -> None:
     marks = [Tally()]
     _phase(host, "setup")
+    progress(0, None, "set up")
     machine = Machine(host, report.mem_bytes, vcpus=report.vcpus)
     rng = np.random.default_rng(report.seed)
     context = Context(
@@ -184,12 +188,13 @@ def _run(workload: Workload, host: Host, report: Report, progress: Progress) -> 
     # Looking whether all is well is not part of the workload: it stays off the clock and out of the counts.
     _phase(host, "check")
     if not machine.vm.vm.destroyed:
-        report.wrong += machine.guest.check()
-        report.readable += machine.private_leaks()
+        report.wrong += machine.guest.check(progress)
+        report.readable += machine.private_leaks(progress)
         report.content_checked = True
     checked = _tally(host, machine)
 
     _phase(host, "teardown")
+    progress(0, None, "tear down")
     machine.destroy()
     marks.append(marks[-1] + (_tally(host, machine) - checked))
     report.left += machine.leftovers()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import attrs
@@ -19,8 +19,6 @@ from cvmcore.errors import InvariantViolation
 from cvmcore.host import Host
 
 R = TypeVar("R")
-
-_TAKES = {"read": False, "write": True, "try_read": False, "try_write": True}
 
 
 class Held:
@@ -48,9 +46,10 @@ class Held:
         raise InvariantViolation(f"{self.owner} drops {lock.name}, which it does not hold", number=31)
 
     def holds(self, name: str, write: bool | None = None) -> bool:
-        """Whether a lock of this (unqualified) name is held, in this mode where one is given."""
+        """Whether a lock of this (unqualified) name, or a shard of it, is held, in this mode where one is given."""
         return any(
-            lock.name.rpartition(".")[2] == name and (write is None or mode == write) for lock, mode in self.locks
+            lock.name.rpartition(".")[2].partition("[")[0] == name and (write is None or mode == write)
+            for lock, mode in self.locks
         )
 
 
@@ -70,10 +69,10 @@ class Lockdep:
                 effect = next(steps)
                 if effect.lock is None:
                     continue
-                if effect.kind == "release":
+                if effect.takes is None:
                     self.held.drop(effect.lock)
                 else:
-                    self.held.take(effect.lock, _TAKES[effect.kind])
+                    self.held.take(effect.lock, effect.takes)
         except StopIteration as stop:
             if len(self.held.locks) != outer:
                 kept = self.held.locks[-1][0].name
@@ -153,7 +152,6 @@ class Actor:
         self.done = False
         self.result: Any = None
         self.error: Exception | None = None
-        self.stepped = 0
 
 
 class _Locks:
@@ -164,9 +162,10 @@ class _Locks:
         self.states: dict[Lock, _LockState] = {}
 
     def state(self, lock: Lock) -> _LockState:
-        if lock not in self.states:
-            self.states[lock] = _LockState()
-        return self.states[lock]
+        state = self.states.get(lock)
+        if state is None:
+            state = self.states[lock] = _LockState()
+        return state
 
     def advance(self, actor: Actor) -> None:
         """Run an actor up to its next effect, in its own time."""
@@ -174,54 +173,70 @@ class _Locks:
         meter.now_ns = actor.time_ns
         ops.actor = actor.name
         try:
-            actor.pending = actor.steps.send(actor.answer) if actor.stepped else next(actor.steps)
+            actor.pending = actor.steps.send(actor.answer)
         except StopIteration as stop:
             actor.done, actor.result, actor.pending = True, stop.value, None
         except InvariantViolation:
             raise
         except Exception as error:
             actor.done, actor.error, actor.pending = True, error, None
-        actor.stepped += 1
         actor.answer = None
         actor.time_ns = meter.now_ns
 
     def blocked(self, actor: Actor) -> bool:
         """Whether the actor's next effect is a lock that it cannot have now."""
         effect = actor.pending
-        return (
-            effect is not None
-            and effect.lock is not None
-            and effect.kind in ("read", "write")
-            and not self.state(effect.lock).free_for(effect.kind == "write")
-        )
+        if effect is None or effect.takes is None or effect.tries:
+            return False
+        assert effect.lock is not None
+        return not self.state(effect.lock).free_for(effect.takes)
 
-    def apply(self, actor: Actor) -> list[Actor]:
+    def apply(self, actor: Actor) -> Sequence[Actor]:
         """Apply an actor's pending effect, which is not blocked. Returns the actors that a release lets go on."""
-        effect, lock = actor.pending, actor.pending.lock if actor.pending else None
+        effect = actor.pending
         actor.pending = None
-        if effect is None or lock is None:
-            return []
-        state = self.state(lock)
-        if effect.kind == "release":
+        if effect is None or effect.lock is None:
+            return ()
+        lock, write = effect.lock, effect.takes
+        if write is None:
             actor.held.drop(lock)
             return self._release(actor, lock)
-        write = _TAKES[effect.kind]
-        if effect.kind.startswith("try") and not state.free_for(write):
+        state = self.state(lock)
+        if effect.tries and not state.free_for(write):
             actor.answer = BUSY
-            return []
+            return ()
         actor.held.take(lock, write)
         state.grant(actor, write)
-        return []
+        if self.host.ops.watches_locks:
+            self.host.ops.locked("take", lock, write, actor.name, actor.time_ns)
+        return ()
+
+    def wait(self, actor: Actor) -> None:
+        """Queue an actor for the lock that it is blocked on."""
+        assert actor.pending is not None and actor.pending.lock is not None
+        lock, write = actor.pending.lock, actor.pending.kind == "write"
+        state = self.state(lock)
+        state.stats.contended += 1
+        state.queue.append((actor, write))
+        if self.host.ops.watches_locks:
+            holders = [holder.name for holder in (state.writer, *state.readers) if holder is not None]
+            self.host.ops.locked("wait", lock, write, actor.name, actor.time_ns, tuple(holders))
 
     def _release(self, actor: Actor, lock: Lock) -> list[Actor]:
         state = self.state(lock)
+        if self.host.ops.watches_locks:
+            self.host.ops.locked("drop", lock, state.writer is actor, actor.name, actor.time_ns)
         state.drop(actor)
-        woken = []
+        woken: list[Actor] = []
+        if not state.queue:
+            return woken
         for waiter, write in state.next_in_line():
             state.stats.wait_ns += max(0.0, actor.time_ns - waiter.time_ns)
             waiter.time_ns = max(waiter.time_ns, actor.time_ns)
             waiter.held.take(lock, write)
             state.grant(waiter, write)
+            if self.host.ops.watches_locks:
+                self.host.ops.locked("take", lock, write, waiter.name, waiter.time_ns)
             waiter.pending = None
             woken.append(waiter)
         return woken
@@ -281,17 +296,15 @@ class Timed:
                 if heap and heap[0][0] < actor.time_ns:
                     push(actor)
                     break
-                if locks.blocked(actor):
-                    effect = actor.pending
-                    assert effect is not None and effect.lock is not None
-                    state = locks.state(effect.lock)
-                    state.stats.contended += 1
-                    state.queue.append((actor, effect.kind == "write"))
-                    waiting.add(actor)
-                    break
-                for woken in locks.apply(actor):
-                    waiting.discard(woken)
-                    push(woken)
+                effect = actor.pending
+                if effect is not None and effect.lock is not None:
+                    if locks.blocked(actor):
+                        locks.wait(actor)
+                        waiting.add(actor)
+                        break
+                    for woken in locks.apply(actor):
+                        waiting.discard(woken)
+                        push(woken)
                 locks.advance(actor)
                 if actor.done:
                     for woken in locks.drop_all(actor):
@@ -517,11 +530,11 @@ def _step(locks: _Locks, actor: Actor, tried: set[tuple[str, bool]]) -> frozense
     def apply() -> None:
         effect = actor.pending
         if effect is not None and effect.lock is not None:
-            write = _TAKES.get(effect.kind)
+            write = effect.takes
             if write is None:
                 write = next((w for lock, w in actor.held.locks if lock is effect.lock), True)
             touched.add((effect.lock.name, write))
-            if effect.kind.startswith("try"):
+            if effect.tries:
                 tried.add((effect.lock.name, write))
         locks.apply(actor)
 

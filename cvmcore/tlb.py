@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from cvmcore.pages import Sel, array_of, count, part
+from collections.abc import Iterable
+
+from cvmcore.pages import Sel, count, each, first, last, part
 
 ENTRIES = 16
 
@@ -15,32 +17,36 @@ class Tlb:
 
     def hits(self, gfns: Sel, write: bool, private: bool) -> list[tuple[int, int]]:
         """(position in the batch, pfn) of the gfns that the TLB translates, in order."""
-        if not self.entries:
+        entries = self.entries
+        if not entries:
             return []
-        found = []
-        n = count(gfns)
-        if isinstance(gfns, slice):
-            for (gfn, kind), (pfn, writable) in self.entries.items():
-                if kind == private and gfns.start <= gfn < gfns.stop and (writable or not write):
-                    found.append((gfn - gfns.start, pfn))
+        places: Iterable[tuple[int, int]]
+        if count(gfns) <= ENTRIES:
+            places = enumerate(each(gfns))
         else:
-            for (gfn, kind), (pfn, writable) in self.entries.items():
-                if kind == private and (writable or not write):
-                    at = int(gfns.searchsorted(gfn))
-                    if at < n and gfns[at] == gfn:
-                        found.append((at, pfn))
-        return sorted(found)
+            low, high = first(gfns), last(gfns)
+            known = sorted(gfn for gfn, kind in entries if kind == private and low <= gfn <= high)
+            if isinstance(gfns, slice):
+                places = [(gfn - low, gfn) for gfn in known]
+            else:
+                places = zip(gfns.searchsorted(known).tolist(), known, strict=True)
+                places = [(at, gfn) for at, gfn in places if gfns[at] == gfn]
+        found = []
+        for at, gfn in places:
+            entry = entries.get((gfn, private))
+            if entry is not None and (entry[1] or not write):
+                found.append((at, entry[0]))
+        return found
 
     def fill(self, gfns: Sel, pfns: Sel, write: bool, private: bool) -> None:
         """The batch was translated: its last pages stay. write: the entries allow writing."""
         n = count(gfns)
-        low = max(0, n - ENTRIES)
+        if n > ENTRIES:
+            gfns, pfns = part(gfns, n - ENTRIES, n), part(pfns, n - ENTRIES, n)
         entries = self.entries
-        for gfn, pfn in zip(
-            array_of(part(gfns, low, n)).tolist(), array_of(part(pfns, low, n)).tolist(), strict=True
-        ):
+        for gfn, pfn in zip(each(gfns), each(pfns), strict=True):
             entries.pop((gfn, private), None)
-            entries[gfn, private] = (pfn, write)
+            entries[gfn, private] = pfn, write
         while len(entries) > ENTRIES:
             del entries[next(iter(entries))]
 
@@ -52,7 +58,7 @@ class Tlb:
 
     def drop_frames(self, pfns: Sel) -> None:
         """Drop translations to these frames."""
-        gone = set(array_of(pfns).tolist())
+        gone = set(each(pfns))
         for key in [key for key, (pfn, _) in self.entries.items() if pfn in gone]:
             del self.entries[key]
 
@@ -60,5 +66,4 @@ class Tlb:
         """Drop translations of these gfns."""
         for private in (False, True):
             for at, _ in self.hits(gfns, False, private):
-                gfn = int(array_of(part(gfns, at, at + 1))[0])
-                self.entries.pop((gfn, private), None)
+                self.entries.pop((first(part(gfns, at, at + 1)), private), None)

@@ -8,23 +8,23 @@ The file is there whole or not at all.
 from __future__ import annotations
 
 import enum
-import os
+import json
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import attrs
 import numpy as np
 from structlog.processors import JSONRenderer
 
-from cvmcore.errors import InputError
 from cvmcore.events import Event
 from cvmcore.observers import observes
+from cvmcore.outfile import OutFile
 from cvmcore.pages import Sel, count
 
 MAX_RUNS = 16
 MAX_DEPTH = 4
 MAX_TEXT = 400
+_AS_IT_IS = {int, float, bool, type(None)}
 
 
 def runs_of(sel: Sel) -> tuple[list[list[int]], int]:
@@ -41,6 +41,8 @@ def runs_of(sel: Sel) -> tuple[list[list[int]], int]:
 
 def plain(value: Any, depth: int = 0) -> Any:
     """Any value of an event as JSON: bounded, and never a failure."""
+    if type(value) in _AS_IT_IS:
+        return value
     match value:
         case enum.Enum():
             return value.name
@@ -70,40 +72,27 @@ def plain(value: Any, depth: int = 0) -> Any:
     return f"<{type(value).__name__}>"
 
 
-class Tracer:
+class Tracer(OutFile):
     """Writes events to `path`. A context manager: on success the file takes its name, else nothing is left.
 
-    header: fields of the first line. `backend` stands in every line; set it before each run. Raises InputError where
-    the file cannot be written.
+    header: fields of the first line. `backend` stands in every line: that of the Host which is watched last. Raises
+    InputError where the file cannot be written.
     """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
-        self.path = path
+        super().__init__(path)
         self.backend = ""
         self.events = 0
-        self._render = JSONRenderer()
-        self._target = Path(os.path.realpath(path))  # a link stays a link
-        self._partial = self._target.with_name(f".{self._target.name}.{os.getpid()}.partial")
-        if self._target.exists() and not self._target.is_file():
-            raise InputError(f"{path}: cannot be written: it is no regular file")
-        try:
-            self._file: TextIO = open(self._partial, "w", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
-        except OSError as error:
-            raise self._cannot(error) from None
+        encode = json.JSONEncoder().encode  # made once: `json.dumps` would make one for each line
+        self._render = JSONRenderer(serializer=lambda values, **_: encode(values))
         self._write({"cvmcore_events": 1, **header})
 
     def __enter__(self) -> Tracer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        try:
-            self._file.close()
-            if kind is None:
-                os.replace(self._partial, self._target)
-        except OSError as failed:
-            raise self._cannot(failed) from None
-        finally:
-            self._partial.unlink(missing_ok=True)
+    @observes
+    def on_host(self, host: Any) -> None:
+        self.backend = host.backend.name
 
     @observes
     def on_event(self, event: Event) -> None:
@@ -129,12 +118,14 @@ class Tracer:
             line["info"] = plain(event.info)
         self._write(line)
 
+    @observes
+    def on_detail(self, event: Event) -> None:
+        self.on_event(event)
+
+    def remarks(self) -> list[str]:
+        """What a reader of a report should know of the trace: nothing, all of it is written."""
+        return []
+
     def _write(self, line: dict[str, Any]) -> None:
         text = self._render(None, "", line)
-        try:
-            self._file.write(f"{text if isinstance(text, str) else text.decode()}\n")
-        except OSError as error:
-            raise self._cannot(error) from None
-
-    def _cannot(self, error: OSError) -> InputError:
-        return InputError(f"{self.path}: cannot be written: {error.strerror or error}")
+        self.put(f"{text if isinstance(text, str) else text.decode()}\n")

@@ -98,7 +98,7 @@ class Batch:
         """4K pages covered."""
         return count(self.gfns) << order_of(self.level)
 
-    @cached_property
+    @property
     def blocks(self) -> Sel:
         """Block numbers (gfn >> order): indexes into an array that has one element per page of this level."""
         return blocks(self.gfns, order_of(self.level))

@@ -8,14 +8,16 @@ which errno.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from inspect import signature
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from cvmcore.effects import Steps, operation
+from cvmcore.effects import Steps, drain, operation
 from cvmcore.errors import UapiError
 from cvmcore.host import Host
 from cvmcore.mem import invalidate
@@ -23,6 +25,7 @@ from cvmcore.mem.fault import resolve
 from cvmcore.mem.gmem import GmemFile, GmemInode
 from cvmcore.mem.mm import TASK_SIZE, Mm
 from cvmcore.mem.slots import Memslot
+from cvmcore.ops import NOBODY
 from cvmcore.pages import Sel, Words, array_of, count, part, shift
 from cvmcore.types import (
     GUEST_MEMFD_FLAG_INIT_SHARED,
@@ -52,6 +55,85 @@ MAX_GFN = 1 << 36
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_GUEST_MEMFD, KVM_CAP_PRE_FAULT_MEMORY, KVM_CAP_GUEST_MEMFD_FLAGS = 233, 234, 236, 244
 PAGE_MASK = PAGE_BYTES - 1
+
+R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Steps[Any]])
+
+
+def _call(name: str) -> Callable[[F], F]:
+    """Decorator below `operation`: observers of details are told when the call begins and ends, and what about."""
+
+    def decorate(fn: F) -> F:
+        names = tuple(signature(fn).parameters)[1:]
+
+        @wraps(fn)
+        def steps(caller: Any, *args: Any, **kwargs: Any) -> Steps[Any]:
+            running = fn(caller, *args, **kwargs)
+            if not caller.host.ops.detailed:
+                return running
+            return _told(name, running, caller, {**dict(zip(names, args, strict=False)), **kwargs})
+
+        return cast(F, steps)
+
+    return decorate
+
+
+def _told(name: str, running: Steps[R], caller: Process | VmFd | VcpuFd, arguments: dict[str, Any]) -> Steps[R]:
+    """The call, told. Where one thing happens after the other, what a vCPU's descriptor is asked the vCPU does."""
+    ops = caller.host.ops
+    info = {key: value for key, value in arguments.items() if isinstance(value, int | str)}
+    match arguments.get("action"):
+        case Touch(write=write, private=private):
+            info["action"] = f"{'write' if write else 'read'} {'private' if private else 'shared'}"
+        case Accept(level=level):
+            info |= {"action": "accept", "level": level}
+        case Convert(private=private):
+            info["action"] = f"convert to {'private' if private else 'shared'}"
+    if "mode" in arguments:
+        info["action"] = "punch hole" if arguments["mode"] & FALLOC_FL_PUNCH_HOLE else "allocate"
+    if "attributes" in arguments:
+        info["action"] = "private" if arguments["attributes"] & KVM_MEMORY_ATTRIBUTE_PRIVATE else "shared"
+    process, vm = _whose(caller)
+    gfns = _gfns_of(process, arguments)
+    fields: dict[str, Any] = {} if gfns is None else {"gfns": gfns, "n": count(gfns)}
+    actor = ops.actor
+    if isinstance(caller, VcpuFd) and actor == NOBODY:
+        ops.actor = f"vcpu{caller.vcpu.id}" if vm == 0 else f"vm{vm}.vcpu{caller.vcpu.id}"
+    try:
+        return (yield from ops.told(name, running, vm=vm, info=info, **fields))
+    finally:
+        if actor == NOBODY:
+            ops.actor = NOBODY
+
+
+def _whose(caller: Process | VmFd | VcpuFd) -> tuple[Process, int]:
+    """The process that makes a call, and the id of the VM it is made on (-1: none)."""
+    match caller:
+        case VcpuFd():
+            return caller.vm.process, caller.vm.vm.id
+        case VmFd():
+            return caller.process, caller.vm.id
+        case _:
+            return caller, -1
+
+
+def _gfns_of(process: Process, arguments: dict[str, Any]) -> Sel | None:
+    """The gfns that the arguments of a call name, or the span of them; None where they name none."""
+    match arguments:
+        case {"action": Action() as action}:
+            return part(action.gfns, action.done, count(action.gfns))
+        case {"gpa": int(gpa), "size_bytes": int(size_bytes)}:
+            return slice(gpa >> 12, gpa + size_bytes >> 12, 1)
+        case {"gpa": int(gpa), "contents": list(contents)}:
+            return slice(gpa >> 12, (gpa >> 12) + len(contents), 1)
+        case {"hva": int(hva), "size_bytes": int(size_bytes)}:
+            ranges = [r for vm in process.vms for r in vm.vm.slots.in_hva_range(hva >> 12, size_bytes >> 12)]
+        case {"fd": int(fd), "offset": int(offset)} if fd in process.files:
+            n = arguments.get("size_bytes", PAGE_BYTES) >> 12
+            ranges = invalidate.bound_ranges(process.files[fd], offset >> 12, n)
+        case _:
+            return None
+    return slice(min(r[1] for r in ranges), max(r[2] for r in ranges), 1) if ranges else None
 
 
 class Process:
@@ -87,22 +169,28 @@ class Process:
         return self.mm.map(-(-size_bytes // PAGE_BYTES), PG_LEVEL_4K, file, offset // PAGE_BYTES)
 
     @operation
+    @_call("munmap")
     def munmap(self, hva: int, size_bytes: int) -> Steps[None]:
         """Unmap a whole mapping."""
         yield from self.mm.unmap(hva, size_bytes)
 
     @operation
+    @_call("madvise")
     def madvise_dontneed(self, hva: int, size_bytes: int) -> Steps[None]:
         """madvise(MADV_DONTNEED): notifiers, then the pages are freed; the next touch finds zeros."""
         yield from self.mm.take_away(hva, size_bytes)
 
     @operation
+    @_call("migrate_pages")
     def migrate_pages(self, hva: int, size_bytes: int) -> Steps[int]:
         """The kernel moves pages to other frames (compaction, NUMA balancing). Returns how many could be moved."""
         return (yield from self.mm.migrate(hva, size_bytes))
 
     def write(self, hva: int, stamps: Words | int, n: int, mode: HostMode = HostMode.USER) -> HostVerdict:
         """The VMM writes n whole pages of its memory. EFAULT where nothing is mapped."""
+        return self._telling("VMM write", hva, n, lambda: self._write(hva, stamps, n, mode))
+
+    def _write(self, hva: int, stamps: Words | int, n: int, mode: HostMode) -> HostVerdict:
         pfns = self._touch(hva, n, "write")
         verdict = self.host.host_access(pfns, True, mode)
         if verdict in (HostVerdict.OK, HostVerdict.RECLAIMED, HostVerdict.POISONED):
@@ -111,7 +199,20 @@ class Process:
 
     def read(self, hva: int, n: int, mode: HostMode = HostMode.USER) -> tuple[HostVerdict, Words]:
         """The VMM reads n whole pages: the verdict, and the stamps it sees."""
-        return self.host.host_read(self._touch(hva, n, "read"), mode)
+        return self._telling("VMM read", hva, n, lambda: self.host.host_read(self._touch(hva, n, "read"), mode))
+
+    def _telling(self, name: str, hva: int, n: int, access: Callable[[], R]) -> R:
+        """The access, told where somebody listens to details."""
+        ops = self.host.ops
+        if not ops.detailed:
+            return access()
+
+        def steps() -> Steps[R]:
+            return access()
+            yield
+
+        gfns = _gfns_of(self, {"hva": hva, "size_bytes": n * PAGE_BYTES})
+        return drain(ops.told(name, steps(), gfns=gfns, n=n))
 
     def _touch(self, hva: int, n: int, call: str) -> Sel:
         mapping = self.mm.find(hva >> 12)
@@ -119,7 +220,16 @@ class Process:
             end = mapping.pgoff + (hva >> 12) - mapping.start + n
             if end > mapping.gmem.inode.npages or not mapping.gmem.inode.init_shared:
                 raise UapiError(errno.EFAULT, call, "SIGBUS: beyond the file, or its memory is not shared")
-        return self.mm.gup(slice(hva >> 12, (hva >> 12) + n, 1), call)
+        pfns = self.mm.gup(slice(hva >> 12, (hva >> 12) + n, 1), call)
+        if self.host.ops.detailed:
+            self._found({"hva": hva, "size_bytes": n * PAGE_BYTES}, pfns)
+        return pfns
+
+    def _found(self, where: dict[str, Any], pfns: Sel) -> None:
+        """Tell whoever listens to details which frames stand behind the gfns of a range, where it is wholly mapped."""
+        gfns = _gfns_of(self, where)
+        if gfns is not None and count(gfns) == count(pfns):
+            self.host.ops.detail("frames", "found", gfns=gfns, pfns=pfns, n=count(pfns))
 
     # ---- VMs and files ----------------------------------------------------------------------------------------
 
@@ -142,6 +252,7 @@ class Process:
         return self.install(file)
 
     @operation
+    @_call("close")
     def close(self, fd: int) -> Steps[None]:
         """close(2); the last reference releases the guest_memfd."""
         file = self._file(fd, "close")
@@ -154,6 +265,7 @@ class Process:
         return self.files[fd]
 
     @operation
+    @_call("fallocate")
     def fallocate(self, fd: int, mode: int, offset: int, size_bytes: int) -> Steps[None]:
         """fallocate(2) on a guest_memfd (kvm_gmem_fallocate): allocate, or punch a hole."""
         inode = self._file(fd, "fallocate").inode
@@ -173,17 +285,22 @@ class Process:
                 raise UapiError(errno.EINVAL, "fallocate", "beyond the size of the guest_memfd")
             yield inode.invalidate_lock.read
             for low in range(start, start + n, 1 << 17):
-                inode.allocate(slice(low, min(low + (1 << 17), start + n), 1))
+                index = slice(low, min(low + (1 << 17), start + n), 1)
+                words = inode.allocate(index)
+                if self.host.ops.detailed:
+                    self._found({"fd": fd, "offset": low << 12, "size_bytes": count(index) << 12}, words >> 5)
             yield inode.invalidate_lock.release
         for file in inode.files:
             self.host.ops.quiet(file.vm)
 
     @operation
+    @_call("memory_failure")
     def memory_failure(self, fd: int, offset: int) -> Steps[None]:
         """The hardware reports a broken page of a guest_memfd (memory_failure, kvm_gmem_error_folio)."""
         yield from invalidate.memory_failure(self._file(fd, "memory_failure").inode, offset // PAGE_BYTES)
 
     @operation
+    @_call("exit")
     def exit(self) -> Steps[None]:
         """The process ends: its memory, then its descriptors; VMs that nobody holds any more are destroyed."""
         yield from self.mm.teardown()
@@ -200,6 +317,10 @@ class VmFd:
         self.process = process
         self.vm = vm
         self.closed = False
+
+    @property
+    def host(self) -> Host:
+        return self.vm.host
 
     @property
     def drive(self) -> Any:
@@ -235,6 +356,7 @@ class VmFd:
     # ---- vCPUs ------------------------------------------------------------------------------------------------
 
     @operation
+    @_call("KVM_CREATE_VCPU")
     def create_vcpu(self, vcpu_id: int | None = None) -> Steps[VcpuFd]:
         """KVM_CREATE_VCPU. EEXIST for an id in use."""
         self._alive("KVM_CREATE_VCPU")
@@ -280,6 +402,7 @@ class VmFd:
         self.set_user_memory_region2(slot, flags, gpa, size_bytes, hva)
 
     @operation
+    @_call("KVM_SET_USER_MEMORY_REGION2")
     def set_user_memory_region2(
         self, slot: int, flags: int, gpa: int, size_bytes: int, hva: int = 0, gmem_fd: int = -1, gmem_offset: int = 0
     ) -> Steps[None]:
@@ -371,6 +494,7 @@ class VmFd:
         new.gmem_only = bool(file.inode.flags & GUEST_MEMFD_FLAG_MMAP)
 
     @operation
+    @_call("KVM_GET_DIRTY_LOG")
     def get_dirty_log(self, slot: int) -> Steps[npt.NDArray[np.uint8]]:
         """KVM_GET_DIRTY_LOG: one byte per page of the slot, 1 where it was written since the last call.
 
@@ -390,6 +514,7 @@ class VmFd:
     # ---- attributes -------------------------------------------------------------------------------------------
 
     @operation
+    @_call("KVM_SET_MEMORY_ATTRIBUTES")
     def set_memory_attributes(self, gpa: int, size_bytes: int, attributes: int, flags: int = 0) -> Steps[None]:
         """KVM_SET_MEMORY_ATTRIBUTES: all or nothing; no memslot in the range is fine."""
         call = "KVM_SET_MEMORY_ATTRIBUTES"
@@ -417,6 +542,7 @@ class VmFd:
     # ---- vendor calls -----------------------------------------------------------------------------------------
 
     @operation
+    @_call("KVM_MEMORY_ENCRYPT_OP")
     def memory_encrypt_op(self, command: str, arguments: dict[str, Any] | None = None) -> Steps[dict[str, Any]]:
         """KVM_MEMORY_ENCRYPT_OP: a vendor command under its own name. ENOTTY where the vendor has none."""
         result: dict[str, Any] = yield from self._vendor(
@@ -425,11 +551,13 @@ class VmFd:
         return result
 
     @operation
+    @_call("KVM_MEMORY_ENCRYPT_REG_REGION")
     def register_region(self, hva: int, size_bytes: int) -> Steps[None]:
         """KVM_MEMORY_ENCRYPT_REG_REGION."""
         yield from self._vendor("KVM_MEMORY_ENCRYPT_REG_REGION", "register_region", hva=hva, size_bytes=size_bytes)
 
     @operation
+    @_call("KVM_MEMORY_ENCRYPT_UNREG_REGION")
     def unregister_region(self, hva: int, size_bytes: int) -> Steps[None]:
         """KVM_MEMORY_ENCRYPT_UNREG_REGION."""
         yield from self._vendor("KVM_MEMORY_ENCRYPT_UNREG_REGION", "unregister_region", hva=hva, size_bytes=size_bytes)
@@ -448,6 +576,7 @@ class VmFd:
     # ---- launch -----------------------------------------------------------------------------------------------
 
     @operation
+    @_call("launch_update")
     def launch_update(self, gpa: int, contents: list[bytes], kind: str = "normal") -> Steps[int]:
         """Load image pages through the vendor (kvm_gmem_populate, or the hva of a legacy VM). Returns pages loaded.
 
@@ -492,6 +621,7 @@ class VmFd:
         return done
 
     @operation
+    @_call("launch_finish")
     def launch_finish(self) -> Steps[None]:
         """The image is complete; the VM may run."""
         self._alive("launch_finish")
@@ -501,6 +631,7 @@ class VmFd:
         self.vm.host.ops.quiet(self.vm)
 
     @operation
+    @_call("close")
     def close(self) -> Steps[None]:
         """The VM's descriptor is closed; the VM dies with its last guest_memfd."""
         if not self.closed:
@@ -516,15 +647,21 @@ class VcpuFd:
         self.vcpu = vcpu
 
     @property
+    def host(self) -> Host:
+        return self.vcpu.vm.host
+
+    @property
     def drive(self) -> Any:
         return self.vcpu.vm.host.drive
 
     @operation
+    @_call("KVM_RUN")
     def run(self, action: Action) -> Steps[ExitReason | None]:
         """KVM_RUN while the guest performs `action`; None when it is complete, else the exit."""
         return (yield from self.vcpu.run.steps(action))
 
     @operation
+    @_call("KVM_PRE_FAULT_MEMORY")
     def pre_fault_memory(self, gpa: int, size_bytes: int, flags: int = 0) -> Steps[tuple[int, int]]:
         """KVM_PRE_FAULT_MEMORY: read faults. Returns (gpa, size) of what is left, (end, 0) when all is done.
 
@@ -540,7 +677,7 @@ class VcpuFd:
         if vm.caps.shared_gfn_bit and gpa >> 12 & vm.caps.shared_gfn_bit:
             raise UapiError(errno.EINVAL, call, "the gpa has the alias bit")
         gfns: Sel = slice(gpa >> 12, gpa + size_bytes >> 12, 1)
-        done = 0
+        done = stuck = 0
         while done < count(gfns):
             rest = part(gfns, done, count(gfns))
             private = False
@@ -556,6 +693,7 @@ class VcpuFd:
             if fault.ret in (RetPf.FIXED, RetPf.SPURIOUS):
                 continue
             if fault.ret is RetPf.RETRY and not vm.dead:
+                stuck = 0 if fault.done else self.vcpu.retried(stuck, rest)
                 continue
             if done == 0:
                 error = errno.EIO if vm.dead else fault.errno

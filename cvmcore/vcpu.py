@@ -16,6 +16,8 @@ import numpy.typing as npt
 from cvmcore.effects import Steps, operation, point
 from cvmcore.errors import InvariantViolation, UapiError
 from cvmcore.mem.fault import MAPPED, Fault, resolve
+from cvmcore.mem.mmulock import drop
+from cvmcore.mem.mmulock import write as lock_write
 from cvmcore.mem.tdp import TableCache
 from cvmcore.pages import (
     EMPTY,
@@ -162,10 +164,8 @@ class Vcpu:
     # ---- touching ---------------------------------------------------------------------------------------------
 
     def _touch(self, action: Touch) -> Steps[ExitReason | None]:
-        begin = action.done
-        todo = part(action.gfns, begin, count(action.gfns))
-        for low, high in pieces(todo):
-            leave = yield from self._touch_piece(action, begin + low, begin + high)
+        for start, stop in pieces(action.gfns, action.done):
+            leave = yield from self._touch_piece(action, start, stop)
             if leave is not None:
                 return leave
         return None
@@ -200,15 +200,16 @@ class Vcpu:
                     before = start + _position(gfns, first(part(lost, done, done + 1)))
                     earlier = yield from self._touch_piece(action, start, before)
                     return earlier or leave
-                stuck = 0 if done else self._stuck(stuck, gfns)
+                stuck = 0 if done else self.retried(stuck, gfns)
             elif good:
-                self.tlb.fill(part(gfns, 0, good), part(access.pfns, 0, good), action.write, action.private)
-                self._content(action, start, part(gfns, 0, good), part(access.pfns, 0, good))
+                gfns, pfns = part(gfns, 0, good), part(access.pfns, 0, good)
+                self.tlb.fill(gfns, pfns, action.write, action.private)
+                self._content(action, start, gfns, pfns)
                 start += good
                 action.done = start
             elif kind == Walk.MISMATCH:
                 yield from self._mismatch(part(gfns, 0, 1), action.write)
-                stuck = self._stuck(stuck, gfns)
+                stuck = self.retried(stuck, gfns)
             elif kind == Walk.UNACCEPTED and self.vm.caps.unaccepted_is_fatal:
                 self.vm.bug(f"the guest touched gfn {first(gfns):#x}, which it has not accepted")
                 return Shutdown(errno.EIO, self.vm.dead_because)
@@ -268,9 +269,12 @@ class Vcpu:
 
     def _through_tlb(self, gfns: Sel, access: Access, write: bool, private: bool) -> Access:
         """A translation in the TLB is used as it is, even where the tables say otherwise by now."""
+        hits = self.tlb.hits(gfns, write, private)
+        if not hits:
+            return access
         stale = [
             (at, pfn)
-            for at, pfn in self.tlb.hits(gfns, write, private)
+            for at, pfn in hits
             if not isinstance(access.status, int)
             or access.status != Walk.OK
             or first(part(access.pfns, at, at + 1)) != pfn
@@ -356,16 +360,17 @@ class Vcpu:
         zap = yield from vm.host.ops.call("after_fault", vm=vm, vcpu=self, gfns=gfns, pfns=pfns, level=size)
         if zap:
             gfn = first(gfns) & ~511
-            yield vm.mmu_lock.write
+            locks = vm.mmu_lock.covering(gfns)
+            yield from lock_write(locks)
             slot = vm.slots.find(first(gfns))
             if slot is not None:
                 yield from vm.tdp.zap_leaves(root, slot, max(gfn, slot.base_gfn), min(gfn + 512, slot.end_gfn))
                 yield from vm.flush_tlbs(gfn, gfn + 512)
-            yield vm.mmu_lock.release
+            yield from drop(locks)
         yield from self._enter()
 
-    def _stuck(self, times: int, gfns: Sel) -> int:
-        """Count retries that mapped nothing; the model never needs many."""
+    def retried(self, times: int, gfns: Sel) -> int:
+        """One more than `times` retries that mapped nothing. InvariantViolation: the model never needs so many."""
         if times >= STUCK:
             what = f"a fault was retried {times} times without progress"
             raise InvariantViolation(what, gfn=first(gfns), events=self.vm.host.last_events())
@@ -375,7 +380,7 @@ class Vcpu:
 
     def _accept(self, action: Accept) -> Steps[ExitReason | None]:
         todo = part(action.gfns, action.done, count(action.gfns))
-        for low, high in list(pieces(todo)):
+        for low, high in pieces(todo):
             leave = yield from self._accept_pages(part(todo, low, high), action.level)
             if leave is not None:
                 # What was accepted before stays accepted; the caller retries the piece's rest.
@@ -389,21 +394,23 @@ class Vcpu:
         """Accept until all pages are; `self._pending` holds what was left where it had to stop."""
         stuck = 0
         self._pending = gfns
-        while count(gfns):
+        while n := count(gfns):
             access = yield from self._accept_once(gfns, level)
             if isinstance(access.status, int):
                 if access.status == Walk.OK:
                     break
-                rest, kind, same = gfns, access.status, count(gfns)
+                rest, kind, left = gfns, access.status, n
+                same = n
             else:
                 not_ok = access.status != Walk.OK
                 rest = where(gfns, not_ok)
-                if not count(rest):
-                    break
                 statuses = access.status[not_ok]
+                left = len(statuses)
+                if not left:
+                    break
                 kind = int(statuses[0])
-                same = _leading(statuses, 0, len(statuses), kind)
-            stuck = 0 if count(rest) < count(gfns) else self._stuck(stuck, gfns)
+                same = _leading(statuses, 0, left, kind)
+            stuck = 0 if left < n else self.retried(stuck, gfns)
             gfns = self._pending = rest
             if kind == Walk.MISS:
                 ceiling = level if self.vm.caps.fault_tells_accept_level else PG_LEVEL_1G
@@ -475,14 +482,15 @@ class Vcpu:
                 vm.tables.topup(1)
             except UapiError as error:
                 return Shutdown(error.errno, error.why)
-        yield vm.mmu_lock.write
+        locks = vm.mmu_lock.covering(slice(gfn, gfn + 1, 1))
+        yield from lock_write(locks)
         found = root.level_at(gfn)
         stop = None
         if found > level:
             stop = yield from vm.tdp.split(root, gfn, found)
             if stop is None:
                 yield from vm.flush_tlbs(gfn & ~((1 << order_of(found)) - 1), (gfn | ((1 << order_of(found)) - 1)) + 1)
-        yield vm.mmu_lock.release
+        yield from drop(locks)
         vm.tables.give_back()
         if stop is not None and isinstance(stop.reason, Fatal):
             return Shutdown(stop.reason.errno, stop.reason.why)
@@ -513,7 +521,7 @@ class Vcpu:
                 leave, moved = yield from self._fault(slice(result.gfn, result.gfn + 1, 1), True, not action.private)
                 if leave is not None:
                     return leave
-                stuck = 0 if moved else self._stuck(stuck, gfns)
+                stuck = 0 if moved else self.retried(stuck, gfns)
                 continue
             asked = part(gfns, 0, result.n)
             action.done += result.n

@@ -17,6 +17,7 @@ from cvmcore.mem import invalidate
 from cvmcore.mem.attributes import Attributes
 from cvmcore.mem.gmem import GmemFile
 from cvmcore.mem.mm import Mm
+from cvmcore.mem.mmulock import MMU_LOCKS, drop, read, write
 from cvmcore.mem.slots import Memslot, Memslots
 from cvmcore.mem.tdp import FRAME_SHIFT, PRESENT, TABLE, WRITABLE, Root, TableCache, Tdp
 from cvmcore.pages import (
@@ -24,7 +25,6 @@ from cvmcore.pages import (
     array_of,
     count,
     first,
-    last,
     take,
     zeros,
 )
@@ -58,7 +58,8 @@ class Vm:
         self.key = 0
         self.slots = Memslots()
         self.attributes = Attributes()
-        self.frame = invalidate.Frame()
+        self.mmu_lock = MMU_LOCKS[host.policies["mmu_lock"]](vm_id)
+        self.frame = self.mmu_lock.frame
         self.tdp = Tdp(self)
         self.vcpus: list[Vcpu] = []
         self.gmem_files: list[GmemFile] = []
@@ -81,23 +82,11 @@ class Vm:
         self.slots_lock = Lock(f"vm{vm_id}.slots_lock", 20)
         self.srcu = Lock(f"vm{vm_id}.srcu", 35)
         self.notifier_count = Lock(f"vm{vm_id}.mn_active", 25)
-        self.mmu_lock = Lock(f"vm{vm_id}.mmu_lock", 60)
         mm.notifiers.append(self)
 
     @property
     def drive(self) -> Any:
         return self.host.drive
-
-    # ---- the frame, as the fault path asks --------------------------------------------------------------------
-
-    def blocked(self, gfns: Sel) -> bool:
-        """Whether a gfn of the batch lies in a range that is being invalidated (mmu_invalidate_retry_gfn)."""
-        frame = self.frame
-        if not frame.in_progress or not count(gfns):
-            return False
-        if isinstance(gfns, slice):
-            return gfns.start < frame.end and frame.start < last(gfns) + 1
-        return bool(np.searchsorted(gfns, frame.end) > np.searchsorted(gfns, frame.start))
 
     def uses_gmem(self, slot: Memslot, private: bool) -> bool:
         """Whether a fault of this kind is served from the slot's guest_memfd."""
@@ -142,6 +131,12 @@ class Vm:
 
     def flush_tlbs(self, start: int, end: int) -> Steps[None]:
         """Flush gfns [start, end) from every vCPU's TLB (kvm_flush_remote_tlbs_range)."""
+        steps, ops = self._flush_tlbs(start, end), self.host.ops
+        if not ops.detailed:
+            return steps
+        return ops.told("flush_tlbs", steps, vm=self.id, gfns=slice(start, end, 1), n=end - start)
+
+    def _flush_tlbs(self, start: int, end: int) -> Steps[None]:
         done = yield from self.host.ops.call("flush_remote_tlbs", vm=self, start=start, end=end)
         if not done:
             running = sum(vcpu.ran for vcpu in self.vcpus)
@@ -154,25 +149,18 @@ class Vm:
 
     def set_memslot(self, old: Memslot | None, new: Memslot | None, change: Change) -> Steps[None]:
         """kvm_set_memslot, slots_lock held: install, delete, move, or change flags."""
-        if new is not None and change is Change.CREATE:
-            new.alloc_lpage_info()
         if change in (Change.DELETE, Change.MOVE):
             assert old is not None
             yield from self._invalidate_slot(old)
         try:
+            if new is not None:
+                self._prepare_slot(new, change)
+            # The vendor comes last: what it allocates has nothing behind it that could still fail.
             yield from self.host.ops.call("memslot_prepare", vm=self, old=old, new=new, change=change)
         except UapiError:
             if old is not None:
                 old.invalid = False
             raise
-        if new is not None:
-            self._cover(new)
-            if change is Change.MOVE:
-                new.lpage = {}
-                new.alloc_lpage_info()
-            self.attributes.init_slot(new) if change in (Change.CREATE, Change.MOVE) else None
-        if new is not None and new.logs_dirty and new.dirty is None:
-            new.dirty = zeros(new.npages, np.uint8)
         self.slots.replace(old, new)
         yield self.srcu.write
         yield self.srcu.release
@@ -194,11 +182,18 @@ class Vm:
             gfns=slice((new or old).base_gfn, (new or old).end_gfn, 1),  # type: ignore[union-attr]
         )
 
-    def _cover(self, slot: Memslot) -> None:
+    def _prepare_slot(self, slot: Memslot, change: Change) -> None:
+        """The core's own part of kvm_prepare_memory_region: tables, lpage_info, dirty bitmap."""
         try:
             self.tdp.cover(slot.end_gfn)
             if self.caps.private_by_attribute:
                 self.attributes.cover(slot.end_gfn)
+            if change in (Change.CREATE, Change.MOVE):
+                slot.lpage = {}
+                slot.alloc_lpage_info()
+                self.attributes.init_slot(slot)
+            if slot.logs_dirty and slot.dirty is None:
+                slot.dirty = zeros(slot.npages, np.uint8)
         except MemoryError:
             raise UapiError(errno.ENOMEM, "KVM_SET_USER_MEMORY_REGION2", "no memory for the slot's tables") from None
 
@@ -216,21 +211,22 @@ class Vm:
         """Dirty logging goes on (split, write-protect) or off (huge pages come back)
         (kvm_mmu_slot_apply_flags, kvm_mmu_recover_huge_pages)."""
         root = self.tdp.direct
+        locks = self.mmu_lock.covering(slice(new.base_gfn, new.end_gfn, 1))
         if new.logs_dirty and not old.logs_dirty:
-            yield self.mmu_lock.write
-            for level in (PG_LEVEL_1G, PG_LEVEL_2M):
+            yield from write(locks)
+            for level in () if root.flat else (PG_LEVEL_1G, PG_LEVEL_2M):
                 for found, index in list(root.leaves_in(new.base_gfn, new.end_gfn)):
                     if found == level:
                         for at in array_of(index).tolist():
                             yield from self.tdp.split(root, at << order_of(level), level)
-            if self.tdp.write_protect(root, slice(new.base_gfn, new.end_gfn, 1)):
+            if (yield from self.tdp.protect(root, new, slice(new.base_gfn, new.end_gfn, 1))):
                 yield from self.flush_tlbs(new.base_gfn, new.end_gfn)
-            yield self.mmu_lock.release
+            yield from drop(locks)
         elif old.logs_dirty and not new.logs_dirty:
             new.dirty = None
-            yield self.mmu_lock.read
+            yield from read(locks)
             yield from self._recover(root, new)
-            yield self.mmu_lock.release
+            yield from drop(locks)
 
     def _recover(self, root: Root, slot: Memslot) -> Steps[None]:
         """Tables of a direct root that may be large again are replaced by huge leaves, then one flush."""
@@ -263,15 +259,16 @@ class Vm:
     def get_dirty_log(self, slot: Memslot) -> Steps[npt.NDArray[np.uint8]]:
         """The slot's dirty bytes, cleared and write-protected again (kvm_vm_ioctl_get_dirty_log)."""
         assert slot.dirty is not None
-        yield self.mmu_lock.write
+        locks = self.mmu_lock.covering(slice(slot.base_gfn, slot.end_gfn, 1))
+        yield from write(locks)
         log = slot.dirty.copy()
         slot.dirty[:] = 0
         dirty = np.flatnonzero(log)
         if len(dirty):
             span = slice(slot.base_gfn + int(dirty[0]), slot.base_gfn + int(dirty[-1]) + 1, 1)
-            if self.tdp.write_protect(self.tdp.direct, span):
+            if (yield from self.tdp.protect(self.tdp.direct, slot, span)):
                 yield from self.flush_tlbs(span.start, span.stop)
-        yield self.mmu_lock.release
+        yield from drop(locks)
         return log
 
     # ---- notifiers and files ----------------------------------------------------------------------------------
@@ -287,7 +284,7 @@ class Vm:
         zapped = yield from invalidate.begin(self, ranges, Filter.SHARED)
         yield from self.host.ops.call("memory_reclaimed", vm=self, nr_pages=zapped)
         yield from take_away
-        yield from invalidate.end(self)
+        yield from invalidate.end(self, ranges)
         yield self.notifier_count.release
 
     def release(self) -> Steps[None]:
@@ -298,14 +295,14 @@ class Vm:
             vcpu.tlb.flush(0, 1 << 52)
         pages = 0
         if not self.tdp.direct.external:
-            yield self.mmu_lock.write
+            yield from write(self.mmu_lock.all)
             self.tdp.fast_zap()
-            yield self.mmu_lock.release
-            yield self.mmu_lock.read
+            yield from drop(self.mmu_lock.all)
+            yield from read(self.mmu_lock.all)
             for root in list(self.tdp.invalid):
                 pages += root.pages_mapped
                 self.tdp.drop_root(root)
-            yield self.mmu_lock.release
+            yield from drop(self.mmu_lock.all)
         yield from self.host.ops.call("memory_reclaimed", vm=self, nr_pages=pages)
 
     def gmem_release(self, file: GmemFile) -> Steps[None]:
@@ -333,12 +330,12 @@ class Vm:
             self.mm.notifiers.remove(self)
         for vcpu in self.vcpus:
             yield from ops.call("vcpu_free", vcpu=vcpu)
-        yield self.mmu_lock.write
+        yield from write(self.mmu_lock.all)
         for root in [*self.tdp.roots(), *self.tdp.invalid]:
             for slot in self.slots:
                 yield from self.tdp.zap_leaves(root, slot, slot.base_gfn, slot.end_gfn)
         yield from self.tdp.free_mirror()
-        yield self.mmu_lock.release
+        yield from drop(self.mmu_lock.all)
         yield from ops.call("vm_destroy", vm=self)
         for slot in list(self.slots):
             yield from ops.call("memslot_free", vm=self, slot=slot)
@@ -354,12 +351,13 @@ class Vm:
         root = self.tdp.root_for(True)
         if root.mirror:
             self.tables.topup_walk(root, batch.gfns)
-        yield self.mmu_lock.read
+        locks = self.mmu_lock.covering(batch.gfns)
+        yield from read(locks)
         linked, _ = yield from self.tdp.link_tables(root, PG_LEVEL_4K, batch.gfns)
         free = linked == len(batch) and not np.count_nonzero(take(root.entries[PG_LEVEL_4K], batch.blocks))
         stop = None
         if free:
             stop = yield from self.tdp.map_leaves(root, batch, WRITABLE)
-        yield self.mmu_lock.release
+        yield from drop(locks)
         if not free or stop is not None:
             raise UapiError(errno.EIO, "kvm_tdp_mmu_map_private_pfn", f"gfn {first(batch.gfns):#x} could not be mapped")

@@ -24,6 +24,7 @@ from cvmcore.mem import fault as fault_path
 from cvmcore.mem import tdp
 from cvmcore.mem.fault import resolve
 from cvmcore.mem.gmem import GmemInode
+from cvmcore.mem.mmulock import Frame
 from cvmcore.pages import run
 from cvmcore.plugins import load_backend
 from cvmcore.runner import load_profile_for
@@ -284,7 +285,7 @@ def no_stale_check(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def no_range_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault does not notice that an invalidation of its gfn is under way."""
-    monkeypatch.setattr(Vm, "blocked", lambda self, gfns: False)
+    monkeypatch.setattr(Frame, "blocks", lambda self, gfns: False)
 
 
 def no_freeze(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def test_observer_hooks_are_documented() -> None:
     """Each says what it is for; arguments and results are explained."""
     hooks = hookdocs.observer_hooks()
 
-    assert [name for name, _, _ in hooks] == ["on_event", "intercept", "on_quiet"]
+    assert [name for name, _, _ in hooks] == ["on_event", "on_host", "on_detail", "on_lock", "intercept", "on_quiet"]
     assert all(fn.__doc__ for _, fn, _ in hooks)
 
 

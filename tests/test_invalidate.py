@@ -14,7 +14,7 @@ from cvmcore.backends.default import DEFAULT
 from cvmcore.backends.swprot import SWPROT
 from cvmcore.effects import Effect, drain
 from cvmcore.errors import UapiError
-from cvmcore.mem import invalidate
+from cvmcore.mem import invalidate, mmulock
 from cvmcore.mem.gmem import GmemFile
 from cvmcore.mem.slots import MIXED
 from cvmcore.memory import ZERO
@@ -85,7 +85,7 @@ def raises(error: int, call: Callable[[], object]) -> None:
 
 def test_frame_counts_and_ranges() -> None:
     """in_progress++ (the first resets the range), ranges add up, then seq++ and in_progress--."""
-    frame = invalidate.Frame()
+    frame = mmulock.Frame()
 
     frame.add(8, 16)
     assert (frame.in_progress, frame.start, frame.end, frame.seq) == (1, 8, 16, 0)

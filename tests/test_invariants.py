@@ -629,21 +629,21 @@ def _(b: Watched) -> tuple[object, ...]:
 @breaks("locks_are_held", MIRROR)
 def _(b: Watched) -> tuple[object, ...]:
     """Under the read side."""
-    b.host.drive.held.take(b.vm.mmu_lock, False)
+    b.host.drive.held.take(b.vm.mmu_lock.all[0], False)
     return b.checker.trace, b.hook("remove_private_spte")
 
 
 @breaks("locks_are_held", MIRROR)
 def _(b: Watched) -> tuple[object, ...]:
     """On an entry that is not frozen."""
-    b.host.drive.held.take(b.vm.mmu_lock, False)
+    b.host.drive.held.take(b.vm.mmu_lock.all[0], False)
     return b.checker.trace, b.hook("set_private_spte", GFN + 20)
 
 
 @breaks("locks_are_held", MIRROR)
 def _(b: Watched) -> tuple[object, ...]:
     """Under a lock that it must not meet."""
-    b.host.drive.held.take(b.vm.mmu_lock, False)
+    b.host.drive.held.take(b.vm.mmu_lock.all[0], False)
     return b.checker.trace, b.hook("pin_pfn")
 
 
@@ -803,7 +803,7 @@ def not_zapped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    def end(vm: Vm) -> Steps[None]:
+    def end(vm: Vm, ranges: Any) -> Steps[None]:
         return
         yield
 

@@ -200,7 +200,7 @@ def test_contended_fault_is_slower_by_what_the_writer_holds() -> None:
     """A fault that comes while a conversion holds mmu_lock for write waits until it lets go, and no longer."""
 
     def both(m: Machine) -> list[tuple[str, Steps[Any]]]:
-        lock = m.vm.vm.mmu_lock
+        lock = m.vm.vm.mmu_lock.all[0]
         return [("writer", hold(m.host, lock, 1000)), *touches(m, 1)]
 
     alone, contended = elapsed(lambda m: touches(m, 1)), elapsed(both)

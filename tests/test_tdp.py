@@ -15,8 +15,8 @@ from cvmcore.backends.default import DEFAULT
 from cvmcore.backends.swprot import SWPROT
 from cvmcore.effects import FAULT_COMMIT, FAULT_FREEZE, FAULT_HOOK, Effect, Steps, drain
 from cvmcore.errors import UapiError
-from cvmcore.mem.tdp import FRAME_SHIFT, FROZEN, PRESENT, TABLE, WRITABLE, Root, leaf_words
-from cvmcore.pages import array_of, contiguous, run, sort_unique
+from cvmcore.mem.tdp import FRAME_SHIFT, FROZEN, PRESENT, TABLE, WRITABLE, Root
+from cvmcore.pages import array_of, contiguous, run, sort_unique, words_of
 from cvmcore.types import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, Batch, Fatal, Filter, Retry, Use, Walk
 
 NR = 4 * 512
@@ -37,16 +37,16 @@ def root_with(*leaves: tuple[int, int, int]) -> Root:
 
 
 @given(st.lists(st.integers(1, 1 << 26), max_size=30, unique=True), st.integers(0, 15))
-def test_leaf_words(pfns: list[int], bits: int) -> None:
+def test_words_of(pfns: list[int], bits: int) -> None:
     """frame << 5 | state, up to 2**26 frames (256 GiB)."""
-    words = leaf_words(contiguous(np.array(pfns, np.int64)), bits)
+    words = words_of(contiguous(np.array(pfns, np.int64)), bits)
 
     assert words.dtype == np.uint32
     assert words.tolist() == [pfn << 5 | bits for pfn in pfns]
 
 
 def test_leaf_words_of_a_run_of_large_pages() -> None:
-    assert leaf_words(run(512, 3, 512), 5).tolist() == [512 << 5 | 5, 1024 << 5 | 5, 1536 << 5 | 5]
+    assert words_of(run(512, 3, 512), 5).tolist() == [512 << 5 | 5, 1024 << 5 | 5, 1536 << 5 | 5]
 
 
 def test_an_untouched_root_costs_nothing() -> None:
@@ -197,7 +197,7 @@ def test_a_mirror_entry_is_frozen_until_the_hook_returns(refused: int | None) ->
         box.hw.refuse("set_private_spte", 1, refused, Retry())
     pfns = box.inode.populate(slice(2, 5, 1))
     batch = Batch(box.vm.slots.by_id[0], 1, slice(2, 5, 1), pfns)
-    new = leaf_words(pfns, PRESENT | WRITABLE)
+    new = words_of(pfns, PRESENT | WRITABLE)
     seen: list[Any] = []
 
     steps = box.vm.tdp.set_entry(root, 1, slice(2, 5, 1), new, "set_private_spte", {"batch": batch})
@@ -214,7 +214,7 @@ def test_a_direct_entry_is_written_at_once() -> None:
     box = Box(SWPROT, 8)
     root = box.root()
 
-    assert list(box.vm.tdp.set_entry(root, 1, sel(2, 5), leaf_words(sel(9, 10), PRESENT))) == []
+    assert list(box.vm.tdp.set_entry(root, 1, sel(2, 5), words_of(sel(9, 10), PRESENT))) == []
     assert root.entries[1][[2, 5]].tolist() == [9 << 5 | 1, 10 << 5 | 1]
 
 

@@ -16,9 +16,24 @@ import numpy.typing as npt
 from cvmcore.effects import FAULT_PFN, FAULT_SNAPSHOT, Steps
 from cvmcore.errors import InvariantViolation, UapiError
 from cvmcore.mem.attributes import PRIVATE
+from cvmcore.mem.mmulock import Seen
 from cvmcore.mem.slots import Memslot
 from cvmcore.mem.tdp import DIRTY, FRAME_SHIFT, FROZEN, PRESENT, TABLE, WRITABLE, Root, Stop
-from cvmcore.pages import Sel, array_of, blocks, contiguous, count, first, heads, last, part, shift, take, where
+from cvmcore.pages import (
+    Sel,
+    all_zero,
+    array_of,
+    blocks,
+    contiguous,
+    count,
+    first,
+    heads,
+    last,
+    part,
+    shift,
+    take,
+    where,
+)
 from cvmcore.types import (
     KVM_MEMORY_EXIT_FLAG_PRIVATE,
     PAGE_SHIFT,
@@ -40,7 +55,7 @@ if TYPE_CHECKING:
     from cvmcore.vm import Vm
 
 
-MAPPED = frozenset({RetPf.FIXED, RetPf.SPURIOUS})
+MAPPED = RetPf.FIXED, RetPf.SPURIOUS
 """The page is mapped now, or was already."""
 
 
@@ -58,6 +73,9 @@ class Fault:
     why: str = ""
 
 
+_NOTHING = Fault(0, RetPf.SPURIOUS)
+
+
 def memory_fault(gfn: int, private: bool, error: int = errno.EFAULT) -> MemoryFault:
     """kvm_mmu_prepare_memory_fault_exit."""
     return MemoryFault(gfn << PAGE_SHIFT, KVM_MEMORY_EXIT_FLAG_PRIVATE if private else 0, errno=error)
@@ -67,11 +85,23 @@ def resolve(
     vm: Vm, vcpu: Vcpu, gfns: Sel, write: bool, private: bool, *, prefetch: bool = False, max_level: int = PG_LEVEL_1G
 ) -> Steps[Fault]:
     """Resolve faults on sorted unique 4K gfns, all of one access kind. Never raises for what a guest can cause."""
+    steps = _resolve(vm, vcpu, gfns, write, private, prefetch, max_level)
+    ops = vm.host.ops
+    if not ops.detailed:
+        return steps
+    info = {"write": write, "private": private}
+    return ops.told("resolve", steps, vm=vm.id, gfns=gfns, n=count(gfns), info=info)
+
+
+def _resolve(
+    vm: Vm, vcpu: Vcpu, gfns: Sel, write: bool, private: bool, prefetch: bool, max_level: int
+) -> Steps[Fault]:
     access = Access(vm, vcpu, write, private, prefetch)
     done = faults = 0
     ret = RetPf.SPURIOUS
+    result = _NOTHING
     yield vm.srcu.read
-    for start, stop, slot in list(vm.slots.split(gfns)):
+    for start, stop, slot in vm.slots.split(gfns):
         while start < stop and ret in MAPPED:
             result = yield from _Stretch(access, slot, part(gfns, start, stop), max_level).resolve()
             start += result.done
@@ -81,7 +111,7 @@ def resolve(
                 ret = result.ret
     vcpu.tables.give_back()
     yield vm.srcu.release
-    return Fault(done, ret, faults=faults) if ret in MAPPED else attrs.evolve(result, done=done, faults=faults)
+    return result if result.done == done else attrs.evolve(result, done=done, ret=ret, faults=faults)
 
 
 @attrs.frozen(eq=False)
@@ -108,7 +138,8 @@ class _Stretch:
         self.vm = access.vm
         self.slot = slot
         self.gfns = gfns
-        self.asked_for = count(gfns)
+        self.n = self.asked_for = count(gfns)
+        self.uses_gmem = slot is not None and access.vm.uses_gmem(slot, access.private)
         self.max_level = max_level
         self.root = access.vm.tdp.root_for(access.private)
         self.behind: Fault | None = None
@@ -118,18 +149,23 @@ class _Stretch:
         """First gfn of each page of `level` that the gfns lie in."""
         self.pfns: Sel = gfns
         self.looked_up = 0
+        self.mm_seq = 0
 
     def resolve(self) -> Steps[Fault]:
-        """All steps. May stop early with pages mapped and more to do (`Fault.ret` in MAPPED)."""
-        ended: Fault | None
-        for step in (self._topup, self._admit, self._get_pfns, self._prepare, self._limit_level, self._pin):
-            ended = yield from step()
-            if ended is not None:
-                return ended
-        return (yield from self._map())
+        """All steps, up to the one that ends the fault. May stop early with pages mapped and more to do (`Fault.ret` in
+        MAPPED)."""
+        return (
+            (yield from self._topup())
+            or self._admit()
+            or (yield from self._get_pfns())
+            or (yield from self._prepare())
+            or (yield from self._limit_level())
+            or (yield from self._pin())
+            or (yield from self._map())
+        )
 
     def _cut(self, n: int, behind: Fault | None) -> None:
-        self.gfns, self.behind = part(self.gfns, 0, n), behind
+        self.gfns, self.n, self.behind = part(self.gfns, 0, n), n, behind
 
     def _cut_heads(self, n: int, behind: Fault | None) -> None:
         self.heads, self.pfns, self.behind = part(self.heads, 0, n), part(self.pfns, 0, n), behind
@@ -142,13 +178,13 @@ class _Stretch:
     def _half(self) -> Steps[Fault]:
         """Some page needs something else than the others: halve the stretch until that page stands alone, as it would
         one by one."""
-        return (yield from self._again(part(self.gfns, 0, max(1, count(self.gfns) // 2)), self.max_level))
+        return (yield from self._again(part(self.gfns, 0, max(1, self.n // 2)), self.max_level))
 
     # ---- the steps (kvm-core numbering of the path in docs/design.md) -------------------------------------------
 
     def _topup(self) -> Steps[Fault | None]:
         """Fill the caches that are used under mmu_lock (step 4), then note the sequence (5)."""
-        vm, n = self.vm, count(self.gfns)
+        vm, n = self.vm, self.n
         try:
             if self.root.mirror and self.slot is not None:
                 self.access.vcpu.tables.topup_walk(self.root, self.gfns)
@@ -161,16 +197,16 @@ class _Stretch:
             if stopped.done == 0:
                 return ended
             self._cut(stopped.done, ended)
-        self.seq = vm.frame.seq
+        self.seen = vm.frame.snapshot(self.gfns)
         yield FAULT_SNAPSHOT
         return None
 
-    def _admit(self) -> Steps[Fault | None]:
+    def _admit(self) -> Fault | None:
         """Access kind against attribute (6), no slot (7), INVALID slot (8), the unlocked check (9)."""
         vm, access, slot = self.vm, self.access, self.slot
         if vm.caps.private_by_attribute:
             matches = _matching(vm, self.gfns, access.private)
-            if matches < count(self.gfns):
+            if matches < self.n:
                 gfn = first(part(self.gfns, matches, matches + 1))
                 ended = Fault(0, RetPf.INVALID, errno.EFAULT, memory_fault(gfn, access.private))
                 if matches == 0:
@@ -187,20 +223,18 @@ class _Stretch:
             return Fault(0, RetPf.INVALID, errno.EAGAIN) if access.prefetch else Fault(0, RetPf.RETRY)
         if access.write and slot.read_only:
             return Fault(0, RetPf.EMULATE, exit=Mmio(gfn << PAGE_SHIFT, True))
-        if vm.blocked(self.gfns):
-            return Fault(0, RetPf.RETRY)
-        return None
-        yield
+        return Fault(0, RetPf.RETRY) if vm.frame.blocks(self.gfns) else None
 
     def _get_pfns(self) -> Steps[Fault | None]:
         """The level that the core and the backing allow, and the frames (10: kvm_mmu_faultin_pfn)."""
         vm, slot = self.vm, self.slot
         assert slot is not None
-        self.level, n = _allowed_level(vm, slot, self.root, self.gfns, self.access.private, self.max_level)
-        if n < count(self.gfns):
+        self.level, n = _allowed_level(vm, slot, self.root, self.gfns, self.n, self.access.private, self.max_level)
+        if n < self.n:
             self._cut(n, None)
+        self.mm_seq = vm.mm.seq
         order = order_of(self.level)
-        self.heads = heads(blocks(self.gfns, order), order) if order else self.gfns
+        self.heads = heads(blocks(self.gfns, order), order)
         try:
             self.pfns = _frames(vm, slot, self.heads, self.access.private, self.level)
         except UapiError as error:
@@ -221,10 +255,6 @@ class _Stretch:
             self.heads = part(self.heads, 0, self.looked_up)
         return None
 
-    @property
-    def uses_gmem(self) -> bool:
-        return self.slot is not None and self.vm.uses_gmem(self.slot, self.access.private)
-
     def _prepare(self) -> Steps[Fault | None]:
         """Every guest_memfd lookup for a private access prepares the frames (kvm_gmem_prepare_folio)."""
         vm, slot = self.vm, self.slot
@@ -232,7 +262,7 @@ class _Stretch:
             assert slot is not None and slot.gmem is not None
             order, n = slot.gmem.inode.folio_order(shift(self.heads, slot.to_index(self.heads)))
             if n < count(self.heads):
-                self.gfns = part(self.gfns, 0, n)
+                self._cut(n, None)
                 self._cut_heads(n, None)
             stopped = yield from vm.host.ops.call(
                 "gmem_prepare", n, vm=vm, slot=slot, gfns=self.heads, pfns=self.pfns, max_order=order
@@ -250,7 +280,7 @@ class _Stretch:
     def _limit_level(self) -> Steps[Fault | None]:
         """The frames may be stale by now (11); the vendor may want smaller pages (gmem_max_mapping_level)."""
         vm = self.vm
-        if vm.frame.seq != self.seq or vm.blocked(self.gfns) or not self._still_there():
+        if vm.frame.moved(self.seen, self.gfns) or vm.frame.blocks(self.gfns) or not self._still_there():
             if not self.uses_gmem:
                 vm.host.meter.charge("gup_4k")
             return Fault(0, RetPf.RETRY)
@@ -272,7 +302,7 @@ class _Stretch:
         if vm.caps.honours_notifiers or self.uses_gmem:
             return True
         assert slot is not None
-        return vm.mm.holds(shift(self.heads, slot.hva_page - slot.base_gfn), self.pfns)
+        return vm.mm.seq == self.mm_seq or vm.mm.holds(shift(self.heads, slot.hva_page - slot.base_gfn), self.pfns)
 
     def _pin(self) -> Steps[Fault | None]:
         """Pins come before mmu_lock and the stale check, so they are a superset of the mappings."""
@@ -295,17 +325,20 @@ class _Stretch:
         """Under mmu_lock: the stale check, the walk, the leaves (12 to 15); then what the fault cost (16)."""
         vm, batch = self.vm, self._batch()
         assert self.slot is not None
-        result = _Mapped(0)
-        if len(batch):
-            yield vm.mmu_lock.read
-            result = yield from _map(self.access, self.root, self.slot, batch, self.seq)
-            yield vm.mmu_lock.release
-        mapped = result.done
+        n, mapped, ret, fatal = len(batch), 0, RetPf.FIXED, None
+        if n:
+            locks = vm.mmu_lock.covering(self.gfns)
+            for lock in locks:
+                # A mediated root is a record that only one may write to at a time.
+                yield lock.write if self.root.flat else lock.read
+            mapped, ret, fatal = yield from _map(self.access, self.root, self.slot, batch, self.seen)
+            for lock in reversed(locks):
+                yield lock.release
         if not self.uses_gmem:
             # Pages behind the first that was not mapped will be looked up when their turn comes.
             vm.host.meter.charge("gup_4k", min(mapped + 1, self.looked_up))
-        if mapped < len(batch) and vm.host.ops.has("unpin_pfn"):
-            yield from vm.host.ops.call("unpin_pfn", vm=vm, batch=batch.part(mapped, len(batch)))
+        if mapped < n and vm.host.ops.has("unpin_pfn"):
+            yield from vm.host.ops.call("unpin_pfn", vm=vm, batch=batch.part(mapped, n))
         vm.host.meter.charge("fault_fixed", mapped)
         if mapped and vm.host.ops.observed:
             vm.host.ops.emit(
@@ -315,10 +348,11 @@ class _Stretch:
         done = mapped
         if self.level > PG_LEVEL_4K and mapped:
             done = _below(self.gfns, last(part(batch.gfns, 0, mapped)) + pages_per_level(self.level))
-        if result.ret in MAPPED and self.behind is not None:
+        if ret in MAPPED and self.behind is not None:
             return attrs.evolve(self.behind, done=done, faults=mapped)
-        fatal = result.fatal or Fatal(0)
-        return Fault(done, result.ret, fatal.errno, faults=mapped, level=self.level, why=fatal.why)
+        if fatal is None:
+            return Fault(done, ret, faults=mapped, level=self.level)
+        return Fault(done, ret, fatal.errno, faults=mapped, level=self.level, why=fatal.why)
 
 
 def _matching(vm: Vm, gfns: Sel, private: bool) -> int:
@@ -332,10 +366,12 @@ def _matching(vm: Vm, gfns: Sel, private: bool) -> int:
     return int(np.argmax(wrong))
 
 
-def _allowed_level(vm: Vm, slot: Memslot, root: Root, gfns: Sel, private: bool, ceiling: int) -> tuple[int, int]:
-    """The mapping level of the leading gfns, and for how many it holds (kvm_mmu_hugepage_adjust without the pfn)."""
+def _allowed_level(
+    vm: Vm, slot: Memslot, root: Root, gfns: Sel, n: int, private: bool, ceiling: int
+) -> tuple[int, int]:
+    """The mapping level of the leading gfns of n, and for how many it holds (kvm_mmu_hugepage_adjust without the
+    pfn)."""
     caps = vm.caps
-    n = count(gfns)
     ceiling = min(ceiling, caps.max_private_level if private else caps.max_shared_level)
     if ceiling < PG_LEVEL_2M or slot.logs_dirty:
         return PG_LEVEL_4K, n
@@ -351,7 +387,7 @@ def _allowed_level(vm: Vm, slot: Memslot, root: Root, gfns: Sel, private: bool, 
     index = array_of(gfns) >> 9
     allowed = slot.lpage[PG_LEVEL_2M].take(index - (slot.base_gfn >> 9)) == 0
     allowed &= huge
-    if root.external:
+    if root.mirror:
         # A mirror descends where a smaller mapping exists: replacing its table would lose the guest's data.
         allowed &= ~root.has_table(PG_LEVEL_2M, index)
     run = int(np.argmin(allowed)) if allowed[0] else int(np.argmax(allowed))
@@ -379,42 +415,39 @@ def _below(gfns: Sel, end: int) -> int:
     return int(np.searchsorted(gfns, end))
 
 
-@attrs.frozen
-class _Mapped:
-    done: int
-    ret: RetPf = RetPf.FIXED
-    fatal: Fatal | None = None
-
-
-def _map(access: Access, root: Root, slot: Memslot, batch: Batch, seq: int) -> Steps[_Mapped]:
-    """Under mmu_lock: the stale check, the walk, the leaves (steps 12 to 15)."""
+def _map(
+    access: Access, root: Root, slot: Memslot, batch: Batch, seen: Seen
+) -> Steps[tuple[int, RetPf, Fatal | None]]:
+    """Under mmu_lock: the stale check, the walk, the leaves (steps 12 to 15). Returns how many are mapped, how the next
+    one ends, and why where that is for good."""
     vm, write, n = access.vm, access.write, len(batch)
-    if vm.frame.seq != seq or root not in vm.tdp.roots() or vm.blocked(batch.all_gfns):
-        return _Mapped(0, RetPf.RETRY)
+    stale = vm.frame.moved(seen, batch.gfns) or root is not vm.tdp.root_for(access.private)
+    if stale or (vm.frame.in_progress and vm.frame.blocks(batch.all_gfns)):
+        return 0, RetPf.RETRY, None
     linked, why = yield from vm.tdp.link_tables(root, batch.level, batch.gfns, access.vcpu.tables)
     if linked < n:
-        batch = batch.part(0, linked)
+        batch, n = batch.part(0, linked), linked
     ret = RetPf.FIXED if why is None else RetPf.INVALID if isinstance(why, Fatal) else RetPf.RETRY
-    if not len(batch):
-        return _Mapped(0, ret, why if isinstance(why, Fatal) else None)
+    if n == 0:
+        return 0, ret, why if isinstance(why, Fatal) else None
 
     words = take(root.entries[batch.level], batch.blocks)
     bits = 0 if slot.read_only else WRITABLE | (DIRTY if write else 0)
-    if np.count_nonzero(words) == 0:
+    if all_zero(words):
         stop = yield from vm.tdp.map_leaves(root, batch, bits)
-        mapped = len(batch) if stop is None else stop.done
+        mapped = n if stop is None else stop.done
     else:
-        stop, mapped, ret = yield from _map_mixed(vm, root, batch, words.copy(), bits, write, ret)
+        stop, mapped, ret = yield from _map_mixed(vm, root, slot, batch, words.copy(), bits, write, ret)
     if slot.dirty is not None and not slot.read_only and mapped:
         slot.dirty[shift(part(batch.gfns, 0, mapped), -slot.base_gfn)] = 1
     if stop is not None:
         why = stop.reason
         ret = RetPf.INVALID if isinstance(why, Fatal) else RetPf.RETRY
-    return _Mapped(mapped, ret, why if isinstance(why, Fatal) else None)
+    return mapped, ret, why if isinstance(why, Fatal) else None
 
 
 def _map_mixed(
-    vm: Vm, root: Root, batch: Batch, words: npt.NDArray[np.uint32], bits: int, write: bool, ret: RetPf
+    vm: Vm, root: Root, slot: Memslot, batch: Batch, words: npt.NDArray[np.uint32], bits: int, write: bool, ret: RetPf
 ) -> Steps[tuple[Stop | None, int, RetPf]]:
     """Some entries are not absent: frozen (retry there), spurious, write-protected, or a table where a leaf is due."""
     n = len(batch)
@@ -426,9 +459,14 @@ def _map_mixed(
         batch, words, ret = batch.part(0, n), words[:n], RetPf.RETRY
     tables = (words & np.uint32(TABLE)) != 0
     if np.count_nonzero(tables):
-        # A direct root: the subtree goes, the large leaf takes its place, and everybody is flushed.
+        # A direct root: the subtree goes, the large leaf takes its place, and everybody is flushed. A mediated one:
+        # what is mapped there is taken back first.
         for i in np.flatnonzero(tables).tolist():
             gfn = first(part(batch.gfns, i, i + 1))
+            if root.flat:
+                yield from vm.tdp.make_room(root, slot, gfn, batch.level)
+                words[i] = 0
+                continue
             yield from vm.tdp.collapse(root, gfn, batch.level, first(part(batch.pfns, i, i + 1)), bits)
             yield from vm.flush_tlbs(gfn, gfn + pages_per_level(batch.level))
     present = (words & np.uint32(PRESENT | TABLE)) == PRESENT
@@ -444,8 +482,12 @@ def _map_mixed(
         if write:
             protected = present & ((words & np.uint32(WRITABLE)) == 0)
             if bits & WRITABLE and np.count_nonzero(protected):
-                vm.tdp.make_writable(root, batch.level, where(batch.blocks, protected))
+                index = where(batch.blocks, protected)
+                stop = yield from vm.tdp.make_writable(root, slot, batch.level, index)
                 present &= ~protected
+                if stop is not None:
+                    n = int(np.flatnonzero(protected)[stop.done])
+                    batch, words, present, ret = batch.part(0, n), words[:n], present[:n], RetPf.RETRY
         if ret is RetPf.FIXED and np.count_nonzero(present) == n:
             ret = RetPf.SPURIOUS
     absent = words == 0

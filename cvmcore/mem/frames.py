@@ -8,6 +8,7 @@ sequential guests get contiguous frames, and large pages come by themselves.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,8 @@ class Frames:
         """4K pages that are held by pins now, each as often as it is pinned."""
         self.bottom = nr_frames
         """No table or structure was ever handed out below this one (and from `top` on)."""
+        self.watch: Callable[[str, Sel, Use | None], None] | None = None
+        """Told ("alloc", "free", "orphan", "leak", "pin" or "unpin", frames, their new use), where somebody listens."""
         self._high = nr_frames  # every frame from here on is in use
         self._hint = 1  # every frame below is in use
         self._block_hint = 1  # no block below is wholly free
@@ -59,9 +62,16 @@ class Frames:
         if n == 0:
             return EMPTY
         if align_order:
-            return self._alloc_blocks(n, use, align_order)
-        if use in (Use.TABLE, Use.META):
-            return self._alloc_high(n, use)
+            pfns = self._alloc_blocks(n, use, align_order)
+        elif use in (Use.TABLE, Use.META):
+            pfns = self._alloc_high(n, use)
+        else:
+            pfns = self._alloc_low(n, use)
+        if self.watch:
+            self.watch("alloc", expand(pfns, align_order), Use(use))
+        return pfns
+
+    def _alloc_low(self, n: int, use: int) -> Sel:
         found: list[npt.NDArray[np.int64]] = []
         missing, start = n, self._hint
         while missing:
@@ -138,6 +148,8 @@ class Frames:
         pinned = take(self.pins, pfns) != 0
         if np.count_nonzero(pinned):
             self.use[where(pfns, pinned)] = Use.ORPHAN
+            if self.watch:
+                self.watch("orphan", where(pfns, pinned), Use.ORPHAN)
             pfns = where(pfns, ~pinned)
             if not count(pfns):
                 return
@@ -145,6 +157,8 @@ class Frames:
 
     def _release(self, pfns: Sel) -> None:
         self.use[pfns] = Use.FREE
+        if self.watch:
+            self.watch("free", pfns, Use.FREE)
         self.in_use -= count(pfns)
         low = first(pfns) if isinstance(pfns, slice) else int(pfns.min())
         high = last(pfns) if isinstance(pfns, slice) else int(pfns.max())
@@ -157,6 +171,8 @@ class Frames:
         if count(pfns):
             self.use[pfns] = Use.LEAKED
             self.leaks.append((why, pfns if isinstance(pfns, slice) else pfns.copy()))
+            if self.watch:
+                self.watch("leak", pfns, Use.LEAKED)
 
     # ---- pins -------------------------------------------------------------------------------------------------
 
@@ -170,6 +186,8 @@ class Frames:
         self.pins_taken += count(pfns)
         self.pinned_pages += count(pages)
         self.pins_held += count(pages)
+        if self.watch:
+            self.watch("pin", pages, None)
 
     def unpin(self, pfns: Sel, order: int = 0) -> None:
         """Drop one pin of each page; a frame that only pins kept alive is freed. InvariantViolation without a pin."""
@@ -181,6 +199,8 @@ class Frames:
             raise InvariantViolation("a frame is unpinned that is not pinned", pfn=first(where(pfns, pins == 0)))
         self.pins[pfns] -= np.uint16(1)
         self.pins_held -= count(pfns)
+        if self.watch:
+            self.watch("unpin", pfns, None)
         orphans = take(self.use, pfns) == Use.ORPHAN
         if np.count_nonzero(orphans):
             ownerless = where(pfns, orphans)

@@ -15,21 +15,24 @@ import numpy.typing as npt
 
 from cvmcore.effects import Lock, Steps
 from cvmcore.errors import UapiError
-from cvmcore.mem.mm import _words, empty_blocks, large_blocks, leading_large
+from cvmcore.mem.mm import empty_blocks, large_blocks, leading_large
 from cvmcore.pages import (
     Sel,
     Words,
+    all_zero,
     array_of,
     blocks,
     contiguous,
     count,
     expand,
     first,
+    frames_of,
     heads,
     last,
     part,
     take,
     where,
+    words_of,
     zeros,
 )
 from cvmcore.types import GUEST_MEMFD_FLAG_INIT_SHARED, PG_LEVEL_2M, Use
@@ -84,22 +87,29 @@ class GmemInode:
         present = int(np.count_nonzero(words))
         if present == len(words):
             return words
-        self._allocate(index if present == 0 else where(index, words == 0))
-        return take(self.words, index)
-
-    def _allocate(self, absent: Sel) -> None:
-        frames, meter = self.host.frames, self.host.meter
+        absent = index if present == 0 else where(index, words == 0)
         if self.level >= PG_LEVEL_2M:
             self._allocate_large(absent)
             absent = where(absent, take(self.words, absent) == 0)
-            if not count(absent):
-                return
-        n = min(count(absent), frames.available)
-        self.words[part(absent, 0, n)] = _words(frames.alloc(n, Use.GMEM))
+        if count(absent):
+            self._allocate(absent)
+        return take(self.words, index)
+
+    def _allocate(self, absent: Sel, zeroed: bool = False) -> Sel:
+        """Small folios for absent pages, zeroed at once or left as they are; their frames. Raises UapiError(ENOMEM)
+        half way."""
+        frames, meter, wanted = self.host.frames, self.host.meter, count(absent)
+        n = min(wanted, frames.available)
+        pfns = frames.alloc(n, Use.GMEM)
+        self.words[part(absent, 0, n)] = words_of(pfns, UPTODATE if zeroed else 0)
         self.allocated += n
         meter.charge("gmem_alloc_4k", n)
-        if n < count(absent):
-            raise UapiError(errno.ENOMEM, "kvm_gmem_get_folio", f"the host had {n} of {count(absent)} free frames")
+        if zeroed:
+            self.host.memory.clear(pfns)
+            meter.charge("page_clear_4k", n)
+        if n < wanted:
+            raise UapiError(errno.ENOMEM, "kvm_gmem_get_folio", f"the host had {n} of {wanted} free frames")
+        return pfns
 
     def _allocate_large(self, index: Sel) -> None:
         """2M folios for the empty blocks that the pages lie in, for as many as the host has."""
@@ -107,7 +117,7 @@ class GmemInode:
         if len(empty) and count(blocks_2m := self.host.frames.alloc(len(empty), Use.GMEM, 9)):
             empty = empty[: count(blocks_2m)]
             pages = expand(heads(contiguous(empty), 9), 9)
-            self.words[pages] = _words(expand(blocks_2m, 9)) | np.uint32(HUGE)
+            self.words[pages] = words_of(expand(blocks_2m, 9), HUGE)
             self.allocated += count(pages)
             self.host.meter.charge("gmem_alloc_4k", len(empty))
 
@@ -116,6 +126,8 @@ class GmemInode:
 
         Raises UapiError: ENOMEM where the host is full, EHWPOISON where a page's memory failed.
         """
+        if self.level < PG_LEVEL_2M and all_zero(take(self.words, index)):
+            return self._allocate(index, zeroed=True)
         words = self.allocate(index)
         defined = words & np.uint32(UPTODATE)
         n = int(np.count_nonzero(defined))
@@ -124,8 +136,7 @@ class GmemInode:
             raise UapiError(EHWPOISON, "kvm_gmem_get_pfn", f"the memory at index {page:#x} failed")
         if n != len(words):
             self._zero(index if n == 0 else where(index, defined == 0))
-            words = take(self.words, index)
-        return contiguous(words >> np.uint32(5))
+        return frames_of(words)
 
     def populate_large(self, index: Sel) -> Sel:
         """First frames of the 2M folios at these pages (heads of blocks that `huge_blocks` named), zeroed; only of the
@@ -147,14 +158,14 @@ class GmemInode:
             if np.count_nonzero(huge):
                 folios = blocks(where(index, huge), 9)
                 pages = expand(heads(folios, 9), 9)
-                memory.clear(contiguous(take(self.words, pages) >> np.uint32(5)))
+                memory.clear(frames_of(take(self.words, pages)))
                 self.words[pages] |= np.uint32(UPTODATE)
                 meter.charge("page_clear_2m", count(folios))
                 index = where(index, ~huge)
                 if not count(index):
                     return
                 words = take(self.words, index)
-        memory.clear(contiguous(words >> np.uint32(5)))
+        memory.clear(frames_of(words))
         self.words[index] = words | np.uint32(UPTODATE)
         meter.charge("page_clear_4k", count(index))
 
@@ -172,7 +183,7 @@ class GmemInode:
             if held == 0:
                 continue
             index = window if held == len(words) else where(window, words != 0)
-            pfns = contiguous(take(self.words, index) >> np.uint32(5))
+            pfns = frames_of(take(self.words, index))
             if self.level >= PG_LEVEL_2M:
                 for block in {first(index) >> 9, last(index) >> 9}:
                     self.words[block << 9 : (block + 1) << 9] &= np.uint32(0xFFFF_FFFF ^ HUGE)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from cvmcore.effects import INVALIDATE_END, INVALIDATE_START, INVALIDATE_STORE, INVALIDATE_ZAP, Steps
 from cvmcore.errors import UapiError
+from cvmcore.mem.mmulock import drop, read, write
 from cvmcore.mem.tdp import Root, Stop
 from cvmcore.pages import count
 from cvmcore.types import PG_LEVEL_1G, PG_LEVEL_2M, Fatal, Filter, order_of, pages_per_level
@@ -25,31 +26,6 @@ Range: TypeAlias = "tuple[Memslot, int, int]"
 """A memslot with the gfns [start, end) of it that are meant."""
 
 
-class Frame:
-    """The nesting count, range and sequence of one VM's invalidations (mmu_invalidate_*)."""
-
-    def __init__(self) -> None:
-        self.seq = 0
-        self.in_progress = 0
-        self.opened = 0
-        """Invalidations that ever began: seq counts those that ended."""
-        self.start = 0
-        self.end = 0
-
-    def add(self, start: int, end: int) -> None:
-        """One more invalidation, of gfns [start, end): the first one sets the range, nested ones widen it."""
-        if self.in_progress:
-            start, end = min(self.start, start), max(self.end, end)
-        self.start, self.end = start, end
-        self.opened += 1
-        self.in_progress += 1
-
-    def drop(self) -> None:
-        """The invalidation is over: seq first, then in_progress."""
-        self.seq += 1
-        self.in_progress -= 1
-
-
 def begin(vm: Vm, ranges: list[Range], kinds: Filter, *, blocks: tuple[int, int] | None = None) -> Steps[int]:
     """Open a frame: zap the leaves of these kinds that overlap the ranges, flush. Returns 4K pages zapped.
 
@@ -59,16 +35,18 @@ def begin(vm: Vm, ranges: list[Range], kinds: Filter, *, blocks: tuple[int, int]
     zapped.
     """
     low, high = min(r[1] for r in ranges), max(r[2] for r in ranges)
+    span = blocks or (low, high)
+    locks = vm.mmu_lock.covering(slice(*span, 1))
     roots = vm.tdp.roots(kinds, invalid=True)
     while True:
         # Tables for the splits are taken before the lock; what must be split may change until it is held.
         mirrors = [root for root in roots if root.mirror and vm.caps.zap_destroys_content]
         vm.tables.topup(sum(splits(root, r[1], r[2]) for root in mirrors for r in ranges))
-        yield vm.mmu_lock.write
+        yield from write(locks)
         if sum(splits(root, r[1], r[2]) for root in mirrors for r in ranges) <= count(vm.tables.spare):
             break
-        yield vm.mmu_lock.release
-    vm.frame.add(*(blocks or (low, high)))
+        yield from drop(locks)
+    vm.frame.add(*span)
     yield INVALIDATE_START
     roots = vm.tdp.roots(kinds, invalid=True)
     for root in roots:
@@ -76,8 +54,8 @@ def begin(vm: Vm, ranges: list[Range], kinds: Filter, *, blocks: tuple[int, int]
             for _, start, end in ranges:
                 stop = yield from split_edges(vm, root, start, end)
                 if stop is not None:
-                    vm.frame.drop()
-                    yield vm.mmu_lock.release
+                    vm.frame.drop(*span)
+                    yield from drop(locks)
                     vm.tables.give_back()
                     error = stop.reason.errno if isinstance(stop.reason, Fatal) else errno.EAGAIN
                     raise UapiError(error, "split", "a huge page at the edge of the range could not be split")
@@ -92,17 +70,19 @@ def begin(vm: Vm, ranges: list[Range], kinds: Filter, *, blocks: tuple[int, int]
         yield from vm.flush_tlbs(*flush)
     if vm.host.ops.observed:
         vm.host.ops.emit("invalidate", kinds.name or "BOTH", vm=vm.id, n=zapped, gfns=slice(low, high, 1))
-    yield vm.mmu_lock.release
+    yield from drop(locks)
     vm.tables.give_back()
     return zapped
 
 
-def end(vm: Vm) -> Steps[None]:
-    """Close a frame."""
-    yield vm.mmu_lock.write
+def end(vm: Vm, ranges: list[Range]) -> Steps[None]:
+    """Close the frame that `begin` opened for these ranges."""
+    span = min(r[1] for r in ranges), max(r[2] for r in ranges)
+    locks = vm.mmu_lock.covering(slice(*span, 1))
+    yield from write(locks)
     yield INVALIDATE_END
-    vm.frame.drop()
-    yield vm.mmu_lock.release
+    vm.frame.drop(*span)
+    yield from drop(locks)
 
 
 def invalidate(vm: Vm, ranges: list[Range], kinds: Filter, work: Steps[None] | None = None) -> Steps[int]:
@@ -114,7 +94,7 @@ def invalidate(vm: Vm, ranges: list[Range], kinds: Filter, work: Steps[None] | N
     if work is not None:
         yield from work
     if ranges:
-        yield from end(vm)
+        yield from end(vm, ranges)
     return zapped
 
 
@@ -163,17 +143,22 @@ def set_attributes(vm: Vm, start: int, end_gfn: int, value: int, private_bit: in
     if ranges:
         # Head and tail blocks are about to become mixed: nobody may map them large meanwhile.
         edges = [attributes.with_edges(*part) for part in ranges]
-        zapped = yield from begin(vm, ranges, kinds, blocks=(min(e[0] for e in edges), max(e[1] for e in edges)))
+        span = min(e[0] for e in edges), max(e[1] for e in edges)
+        zapped = yield from begin(vm, ranges, kinds, blocks=span)
     attributes.store(start, end_gfn, value)
+    if vm.host.ops.detailed:
+        name = "private" if value & private_bit else "shared"
+        vm.host.ops.detail("attribute", name, vm=vm.id, gfns=slice(start, end_gfn, 1), n=end_gfn - start)
     vm.host.meter.charge("attributes_4k", end_gfn - start)
     yield INVALIDATE_STORE
     if ranges:
-        yield vm.mmu_lock.write
+        locks = vm.mmu_lock.covering(slice(*span, 1))
+        yield from write(locks)
         yield INVALIDATE_END
-        vm.frame.drop()
+        vm.frame.drop(*span)
         for slot in slots:
             attributes.track_mixed(slot, start, end_gfn)
-        yield vm.mmu_lock.release
+        yield from drop(locks)
     return zapped
 
 
@@ -197,22 +182,22 @@ def bound_ranges(file: GmemFile, start: int, n: int) -> list[Range]:
 def punch_hole(inode: GmemInode, start: int, n: int) -> Steps[int]:
     """kvm_gmem_punch_hole: zap every binding, give the folios back by pfn, close the frames. Returns pages freed."""
     yield inode.invalidate_lock.write
-    opened: list[Vm] = []
+    opened: list[tuple[Vm, list[Range]]] = []
     try:
         for file in inode.files:
             ranges = bound_ranges(file, start, n)
             if ranges:
                 yield from begin(file.vm, ranges, gmem_kinds(inode))
-                opened.append(file.vm)
+                opened.append((file.vm, ranges))
     except UapiError:
-        for vm in opened:
-            yield from end(vm)
+        for vm, ranges in opened:
+            yield from end(vm, ranges)
         yield inode.invalidate_lock.release
         raise
     freed = yield from inode.truncate(start, n)
     yield INVALIDATE_STORE
-    for vm in opened:
-        yield from end(vm)
+    for vm, ranges in opened:
+        yield from end(vm, ranges)
     yield inode.invalidate_lock.release
     return freed
 
@@ -241,10 +226,10 @@ def memory_failure(inode: GmemInode, index: int) -> Steps[None]:
         ranges = bound_ranges(file, index, 1)
         if ranges:
             yield from begin(file.vm, ranges, gmem_kinds(inode))
-            opened.append(file.vm)
+            opened.append((file.vm, ranges))
     inode.poison(index)
-    for vm in opened:
-        yield from end(vm)
+    for vm, ranges in opened:
+        yield from end(vm, ranges)
     yield inode.invalidate_lock.release
 
 
@@ -257,20 +242,21 @@ def flush_slot(vm: Vm, slot: Memslot) -> Steps[int]:
     The default VM type zaps all direct roots at once, by replacing them (kvm_mmu_zap_all_fast).
     """
     if vm.fast_zap:
-        yield vm.mmu_lock.write
+        yield from write(vm.mmu_lock.all)
         old = vm.tdp.fast_zap()
         yield from vm.flush_tlbs(0, 1 << 52)
-        yield vm.mmu_lock.release
-        yield vm.mmu_lock.read
+        yield from drop(vm.mmu_lock.all)
+        yield from read(vm.mmu_lock.all)
         pages = old.pages_mapped
         vm.tdp.drop_root(old)
-        yield vm.mmu_lock.release
+        yield from drop(vm.mmu_lock.all)
         return pages
-    yield vm.mmu_lock.write
+    locks = vm.mmu_lock.covering(slice(slot.base_gfn, slot.end_gfn, 1))
+    yield from write(locks)
     zapped = 0
     for root in vm.tdp.roots(invalid=True):
         zapped += yield from vm.tdp.zap_leaves(root, slot, slot.base_gfn, slot.end_gfn)
     if zapped:
         yield from vm.flush_tlbs(slot.base_gfn, slot.end_gfn)
-    yield vm.mmu_lock.release
+    yield from drop(locks)
     return zapped

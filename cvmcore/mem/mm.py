@@ -21,17 +21,20 @@ from cvmcore.pages import (
     IntArray,
     Sel,
     Words,
+    all_zero,
     array_of,
     blocks,
     contiguous,
     count,
     expand,
     first,
+    frames_of,
     heads,
     last,
     shift,
     take,
     where,
+    words_of,
     zeros,
 )
 from cvmcore.types import PAGE_SHIFT, PG_LEVEL_2M, PG_LEVEL_4K, Use
@@ -81,6 +84,8 @@ class Mm:
         self.host = host
         self.mappings: list[Mapping] = []
         self.notifiers: list[Notifier] = []
+        self.seq = 0
+        """How often pages went away or moved."""
         self._next = _BASE >> PAGE_SHIFT
 
     # ---- mappings ---------------------------------------------------------------------------------------------
@@ -134,12 +139,17 @@ class Mm:
         if mapping.gmem is not None:
             return mapping.gmem.inode.populate(shift(index, mapping.pgoff))
         words = take(mapping.words, index)
-        present = int(np.count_nonzero(words))
-        if present != len(words):
-            absent = index if present == 0 else where(index, words == 0)
-            self._fault_in(mapping, absent)
-            words = take(mapping.words, index)
-        return contiguous(words >> 5)
+        if all_zero(words):
+            absent = index
+        elif np.count_nonzero(words) == len(words):
+            return frames_of(words)
+        else:
+            absent = where(index, words == 0)
+        if mapping.backing_level >= PG_LEVEL_2M:
+            self._fault_in_large(mapping, absent)
+            absent = where(absent, take(mapping.words, absent) == 0)
+        pfns = self._fault_in(mapping, absent)
+        return pfns if count(pfns) == len(words) else frames_of(take(mapping.words, index))
 
     def holds(self, hva_pages: Sel, pfns: Sel) -> bool:
         """Whether these frames stand behind these hva pages of one mapping."""
@@ -167,20 +177,17 @@ class Mm:
             pages = expand(heads(contiguous(empty), 9), 9)
             pfns = expand(blocks_2m, 9)
             host.memory.clear(pfns)
-            mapping.words[pages] = _words(pfns) | np.uint32(HUGE)
+            mapping.words[pages] = words_of(pfns, HUGE)
             host.meter.charge("page_clear_2m", len(empty))
 
-    def _fault_in(self, mapping: Mapping, index: Sel) -> None:
+    def _fault_in(self, mapping: Mapping, absent: Sel) -> Sel:
+        """New frames, cleared, behind absent pages."""
         host = self.host
-        if mapping.backing_level >= PG_LEVEL_2M:
-            self._fault_in_large(mapping, index)
-            index = where(index, take(mapping.words, index) == 0)
-            if not count(index):
-                return
-        pfns = host.frames.alloc(count(index), Use.ANON)
+        pfns = host.frames.alloc(count(absent), Use.ANON)
         host.memory.clear(pfns)
-        host.meter.charge("page_clear_4k", count(index))
-        mapping.words[index] = _words(pfns)
+        host.meter.charge("page_clear_4k", count(absent))
+        mapping.words[absent] = words_of(pfns, 0)
+        return pfns
 
     # ---- the host takes pages away ----------------------------------------------------------------------------
 
@@ -197,9 +204,10 @@ class Mm:
                 words = mapping.words[index]
                 if np.count_nonzero(words):
                     used = where(index, words != 0)
-                    self.host.frames.free(contiguous(take(mapping.words, used) >> 5))
+                    self.host.frames.free(frames_of(take(mapping.words, used)))
                     self._break_huge(mapping, used)
                     mapping.words[used] = 0
+                    self.seq += 1
             return
             yield
 
@@ -223,12 +231,13 @@ class Mm:
             movable = movable[: self.host.frames.available]
             if len(movable):
                 pages = contiguous(movable + index.start)
-                old = contiguous(take(mapping.words, pages) >> 5)
+                old = frames_of(take(mapping.words, pages))
                 new = self.host.frames.alloc(len(movable), Use.ANON)
                 self.host.memory.copy_raw(old, new)
                 self.host.meter.charge("host_copy_4k", len(movable))
                 self._break_huge(mapping, pages)
-                mapping.words[pages] = _words(new)
+                mapping.words[pages] = words_of(new, 0)
+                self.seq += 1
                 self.host.frames.free(old)
                 moved = len(movable)
             return
@@ -244,6 +253,7 @@ class Mm:
             raise UapiError(errno.EINVAL, "munmap", "only whole mappings are unmapped here")
         yield from self.take_away(hva, size_bytes)
         self.mappings.remove(mapping)
+        self.seq += 1
         if mapping.gmem is not None:
             yield from mapping.gmem.put()
 
@@ -291,7 +301,7 @@ class Mm:
         if mapping.gmem is not None:
             return EMPTY
         words = take(mapping.words, shift(hva_pages, -mapping.start))
-        return contiguous(words[words != 0] >> 5)
+        return frames_of(words[words != 0])
 
 
 def empty_blocks(words: Words, numbers: IntArray) -> IntArray:
@@ -318,11 +328,3 @@ def leading_large(words: Words, flag: int) -> Sel:
     small = (words & np.uint32(flag)) == 0
     n = int(np.argmax(small)) if np.count_nonzero(small) else len(words)
     return contiguous(words[:n] >> 5, 512)
-
-
-def _words(pfns: Sel) -> Words:
-    """Frames as mapping words without flags."""
-    if isinstance(pfns, slice) and (pfns.step or 1) == 1:
-        return np.arange(pfns.start << 5, pfns.stop << 5, 32, dtype=np.uint32)
-    pages: IntArray = array_of(pfns)
-    return (pages << 5).astype(np.uint32)

@@ -143,12 +143,13 @@ class Memslots:
                 found.append((slot, slot.base_gfn + low - slot.hva_page, slot.base_gfn + high - slot.hva_page))
         return found
 
-    def split(self, gfns: Sel) -> Iterator[tuple[int, int, Memslot | None]]:
+    def split(self, gfns: Sel) -> list[tuple[int, int, Memslot | None]]:
         """Positions [start, stop) of a gfn batch with the slot that holds them (None: no slot), in order."""
         n = count(gfns)
         start = 0
+        parts: list[tuple[int, int, Memslot | None]] = []
         while start < n:
-            gfn = first(part(gfns, start, start + 1))
+            gfn = first(gfns) if start == 0 else first(part(gfns, start, start + 1))
             slot = self.find(gfn)
             if slot is not None and last(gfns) < slot.end_gfn:
                 stop = n
@@ -160,5 +161,6 @@ class Memslots:
                     stop = min(n, bound - gfns.start)
                 else:
                     stop = int(np.searchsorted(gfns, bound))
-            yield start, stop, slot
+            parts.append((start, stop, slot))
             start = stop
+        return parts

@@ -25,16 +25,21 @@ from cvmcore.pages import (
     PIECE_RUN,
     Sel,
     Words,
+    all_zero,
     array_of,
     blocks,
     contiguous,
     count,
     first,
+    frames_of,
     grown,
     heads,
+    last,
     part,
+    run_of,
     take,
     where,
+    words_of,
     zeros,
 )
 from cvmcore.types import (
@@ -62,8 +67,19 @@ PRESENT, TABLE, WRITABLE, DIRTY, FROZEN = 1, 2, 4, 8, 16
 FRAME_SHIFT = 5
 
 _FRAME = np.uint32(FRAME_SHIFT)
+_TABLE = np.uint32(TABLE)
 _LEAF = np.uint32(PRESENT | TABLE)
 TOP = PG_LEVEL_512G
+
+_STATES = ((PRESENT, "present"), (TABLE, "table"), (WRITABLE, "writable"), (DIRTY, "dirty"), (FROZEN, "frozen"))
+
+
+def state_of(word: int) -> str:
+    """An entry's state in words: "absent", "table", "present|writable", ..."""
+    if word & TABLE:
+        return "table"
+    return "|".join(name for bit, name in _STATES if word & bit) or "absent"
+
 
 Arguments: TypeAlias = dict[str, object]
 """What a hook is called with, by name."""
@@ -108,10 +124,10 @@ class Root:
 
     def lookup(self, gfns: Sel, write: bool) -> tuple[int | npt.NDArray[np.uint8], Sel, int | npt.NDArray[np.uint8]]:
         """Walk for 4K gfns: status (Walk.OK or MISS, one for all or one each), frames where OK, levels of leaves."""
-        need = np.uint32(PRESENT | WRITABLE if write else PRESENT)
+        need = PRESENT | WRITABLE if write else PRESENT
         words = take(self.entries[PG_LEVEL_4K], gfns)
         if not self.leaves[PG_LEVEL_2M] and not self.leaves[PG_LEVEL_1G]:
-            return (*_status(words & need == need, words), PG_LEVEL_4K)
+            return (*_status(words, need), PG_LEVEL_4K)
         pages = array_of(gfns)
         level = np.full(len(pages), PG_LEVEL_4K, np.uint8)
         words = words.copy()
@@ -123,7 +139,7 @@ class Root:
                 inside = (pages & ((1 << order) - 1)).astype(np.uint32) << _FRAME
                 words = np.where(leaf, above + inside, words)
                 level[leaf] = large
-        status, pfns = _status(words & need == need, words)
+        status, pfns = _status(words, need)
         uniform = int(level[0])
         return status, pfns, uniform if not np.count_nonzero(level != uniform) else level
 
@@ -166,8 +182,8 @@ class Root:
     def level_at(self, gfn: int) -> int:
         """Level of the leaf that maps gfn, 0 where none does."""
         for level in (PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K):
-            at = gfn >> order_of(level)
-            if at < len(self.entries[level]) and int(self.entries[level][at]) & (PRESENT | TABLE) == PRESENT:
+            entries, at = self.entries[level], gfn >> order_of(level)
+            if self.leaves[level] and at < len(entries) and int(entries[at]) & (PRESENT | TABLE) == PRESENT:
                 return level
         return 0
 
@@ -179,32 +195,41 @@ class Root:
                 start, end = min(start, head), max(end, head + pages_per_level(level))
         return start, end
 
+    def tabled(self, level: int, gfns: Sel) -> bool:
+        """Whether there is a table right above `level` for each 4K gfn. Tables hang below tables, so that nothing is
+        missing further up either."""
+        order, table = order_of(level + 1), self.entries[level + 1]
+        low, high = first(gfns) >> order, (last(gfns) >> order) + 1
+        if high - low <= count(gfns):
+            # Look at everything in between as well: that is faster, and as a rule there are tables everywhere.
+            words = table[low:high] & _TABLE
+            if np.count_nonzero(words) == high - low:
+                return True
+        words = take(table, blocks(gfns, order) if isinstance(gfns, slice) else gfns >> order) & _TABLE
+        return int(np.count_nonzero(words)) == len(words)
+
     def has_table(self, level: int, index: Sel) -> npt.NDArray[np.bool_]:
         """Whether entries at `level` point to tables: smaller mappings may exist below."""
         found: npt.NDArray[np.bool_] = (take(self.entries[level], index) & np.uint32(TABLE)) != 0
         return found
 
 
-def _status(ok: npt.NDArray[np.bool_], words: Words) -> tuple[int | npt.NDArray[np.uint8], Sel]:
+def _status(words: Words, need: int) -> tuple[int | npt.NDArray[np.uint8], Sel]:
+    """Status of entries that are looked at for an access, and frames; most batches are alike: absent, or one run."""
+    if not len(words):
+        return Walk.OK, EMPTY
+    head = int(words[0])
+    if head == 0 and all_zero(words):
+        return Walk.MISS, EMPTY
+    if head & need == need and (run := run_of(words)) is not None:
+        return Walk.OK, run
+    ok = words & np.uint32(need) == need
     n = int(np.count_nonzero(ok))
     if n == len(ok):
-        return Walk.OK, contiguous(words >> _FRAME)
+        return Walk.OK, frames_of(words)
     if n == 0:
         return Walk.MISS, EMPTY
     return np.where(ok, np.uint8(Walk.OK), np.uint8(Walk.MISS)), (words >> _FRAME).astype(np.int64)
-
-
-def leaf_words(pfns: Sel, bits: int) -> Words:
-    """Entry words for frames: pfn << 5 | bits."""
-    if isinstance(pfns, slice):
-        step = pfns.step or 1
-        n = count(pfns)
-        low = (pfns.start << FRAME_SHIFT) | bits
-        return np.arange(low, low + ((n * step) << FRAME_SHIFT), step << FRAME_SHIFT, dtype=np.uint32)
-    words: Words = pfns.astype(np.uint32)
-    words <<= _FRAME
-    words |= np.uint32(bits)
-    return words
 
 
 @attrs.frozen
@@ -236,9 +261,10 @@ class TableCache:
     def topup_walk(self, root: Root, gfns: Sel) -> None:
         """Have what a walk of the root down to 4K would link (mmu_topup_memory_caches)."""
         need = 0
-        for level in range(TOP, PG_LEVEL_4K, -1):
-            words = take(root.entries[level], blocks(gfns, order_of(level)))
-            need += len(words) - int(np.count_nonzero(words))
+        if not root.tabled(PG_LEVEL_4K, gfns):
+            for level in range(TOP, PG_LEVEL_4K, -1):
+                words = take(root.entries[level], blocks(gfns, order_of(level)))
+                need += len(words) - int(np.count_nonzero(words))
         self.topup(need)
 
     def take(self, n: int) -> Sel:
@@ -294,34 +320,67 @@ class Tdp:
     # ---- set_entry --------------------------------------------------------------------------------------------
 
     def set_entry(
-        self, root: Root, level: int, index: Sel, new: npt.ArrayLike, hook: str = "", arguments: Arguments | None = None
+        self,
+        root: Root,
+        level: int,
+        index: Sel,
+        new: npt.ArrayLike,
+        hook: str = "",
+        arguments: Arguments | None = None,
+        old: int = 0,
     ) -> Steps[Stop | None]:
-        """Entries at `index`, all in one present state (absent, or one that the caller found), become `new`.
+        """Entries at `index`, which are all `old` (absent, unless the caller found something else), become `new`.
 
         Direct root: a compare-exchange. External root: freeze, hook, then commit, or restore from where the hook
         stopped. Kernel: tdp_mmu_set_spte_atomic, set_external_spte_present.
         """
         table = root.entries[level]
+        detailed = self.vm.host.ops.detailed
         if not (root.external and hook):
+            if detailed:
+                self._tell(root, level, index, new)
             table[index] = new
             return None
-        old = take(table, index).copy()
         table[index] = FROZEN
         yield FAULT_FREEZE
         yield FAULT_HOOK
-        n = len(old)
+        n = count(index)
         stopped = yield from self.vm.host.ops.call(hook, n, vm=self.vm, **(arguments or {}))
         self.vm.host.meter.charge("external_update", n if stopped is None else stopped.done)
         if stopped is None:
             table[index] = new
+            if detailed:
+                self._tell(root, level, index, new, old)
             yield FAULT_COMMIT
             return None
         done = stopped.done
-        table[part(index, done, n)] = old[done:]
+        table[part(index, done, n)] = old
         if done:
-            table[part(index, 0, done)] = np.asarray(new)[:done] if np.ndim(new) else new
+            table[part(index, 0, done)] = some = np.asarray(new)[:done] if np.ndim(new) else new
+            if detailed:
+                self._tell(root, level, part(index, 0, done), some, old)
         yield FAULT_COMMIT
         return Stop(done, stopped.reason if isinstance(stopped.reason, Fatal) else Retry())
+
+    def _tell(self, root: Root, level: int, index: Sel, new: npt.ArrayLike, old: npt.ArrayLike | None = None) -> None:
+        """Tell observers that entries, `old` or as they stand, become `new`: one event for each pair of states."""
+        n = count(index)
+        before = np.broadcast_to(np.asarray(take(root.entries[level], index) if old is None else old, np.uint32), n)
+        after = np.broadcast_to(np.asarray(new, np.uint32), n)
+        bits = (1 << FRAME_SHIFT) - 1
+        pairs = (before & bits) << FRAME_SHIFT | after & bits
+        for pair in np.unique(pairs).tolist():
+            same = pairs == pair
+            words = (after if pair & PRESENT else before)[same]
+            info = {"root": root.kind, "from": state_of(pair >> FRAME_SHIFT), "to": state_of(pair & bits)}
+            is_table = TABLE & (pair | pair >> FRAME_SHIFT)
+            if root.flat and is_table:
+                continue  # KVM has no table pages there
+            pfns = EMPTY if is_table else contiguous(words >> _FRAME, pages_per_level(level))
+            self.vm.host.ops.detail(
+                "entry", "set", vm=self.vm.id, level=level, n=len(words), info=info,
+                gfns=heads(where(index, same), order_of(level)), pfns=pfns,
+            )
 
     # ---- installing -------------------------------------------------------------------------------------------
 
@@ -329,9 +388,12 @@ class Tdp:
         self, root: Root, level: int, gfns: Sel, cache: TableCache | None = None
     ) -> Steps[tuple[int, Retry | Fatal | None]]:
         """Make sure that tables stand above `level` for all gfns, parents first; a direct huge leaf in the way is
-        split. Returns how many leading gfns may go on, and why not more (RETRY: frozen, or the hook was busy)."""
+        split, one of a mediated root zapped: its small pages fault in again. Returns how many leading gfns may go on,
+        and why not more (RETRY: frozen, or the hook was busy)."""
         n = count(gfns)
         reason: Retry | Fatal | None = None
+        if root.tabled(level, gfns):
+            return n, None
         for above in range(TOP, level, -1):
             if n == 0:
                 break
@@ -346,7 +408,10 @@ class Tdp:
                         raise InvariantViolation(
                             "a fault met a huge leaf above its level in a mirror root", gfn=at << order_of(above)
                         )
-                    yield from self.split(root, at << order_of(above), above)
+                    if root.flat:
+                        yield from self._zap(root, self._slot_at(at << order_of(above)), above, slice(at, at + 1, 1))
+                    else:
+                        yield from self.split(root, at << order_of(above), above)
                 words = take(root.entries[above], index)
             if np.count_nonzero(words == FROZEN):
                 bad = first(where(index, words == FROZEN))
@@ -361,6 +426,11 @@ class Tdp:
                     n, reason = _before(gfns, bad, order_of(above), n), stop.reason
         return n, reason
 
+    def _slot_at(self, gfn: int) -> Memslot:
+        slot = self.vm.slots.find(gfn)
+        assert slot is not None
+        return slot
+
     def _link(self, root: Root, level: int, index: Sel, cache: TableCache) -> Steps[Stop | None]:
         n = count(index)
         if not root.mirror:
@@ -373,7 +443,7 @@ class Tdp:
             root,
             level,
             index,
-            leaf_words(tables, PRESENT | TABLE),
+            words_of(tables, PRESENT | TABLE),
             "link_private_spt",
             {"gfns": heads(index, order_of(level)), "level": level, "tables": tables},
         )
@@ -385,7 +455,7 @@ class Tdp:
 
     def map_leaves(self, root: Root, batch: Batch, bits: int) -> Steps[Stop | None]:
         """Absent entries become leaves. The caller has linked the tables and looked at the entries under mmu_lock."""
-        new = leaf_words(batch.pfns, bits | PRESENT)
+        new = words_of(batch.pfns, bits | PRESENT)
         stop = yield from self.set_entry(root, batch.level, batch.blocks, new, "set_private_spte", {"batch": batch})
         root.leaves[batch.level] += len(batch) if stop is None else stop.done
         return stop
@@ -411,6 +481,8 @@ class Tdp:
             self.vm.host.ops.emit(
                 "zap", "zap_leaf", vm=self.vm.id, gfns=batch.all_gfns, pfns=batch.all_pfns, level=level, n=n
             )
+        if self.vm.host.ops.detailed:
+            self._tell(root, level, index, 0)
         root.entries[level][index] = 0
         root.leaves[level] -= n
         self.vm.host.meter.charge("spte_write", n)
@@ -432,7 +504,7 @@ class Tdp:
         pfn = word >> FRAME_SHIFT
         size = pages_per_level(level - 1)
         children = slice(at << 9, (at + 1) << 9, 1)
-        small = leaf_words(slice(pfn, pfn + 512 * size, size), word & (PRESENT | WRITABLE | DIRTY))
+        small = words_of(slice(pfn, pfn + 512 * size, size), word & (PRESENT | WRITABLE | DIRTY))
         tables: Sel = EMPTY
         if root.mirror:
             tables = self.vm.tables.take(1)
@@ -440,13 +512,16 @@ class Tdp:
             root,
             level,
             slice(at, at + 1, 1),
-            leaf_words(tables, PRESENT | TABLE) if root.mirror else PRESENT | TABLE,
+            words_of(tables, PRESENT | TABLE) if root.mirror else PRESENT | TABLE,
             "split_private_spt" if root.mirror else "",
             {"gfn": head, "level": level, "table": first(tables) if root.mirror else 0},
+            word,
         )
         if stop is not None:
             self.vm.host.frames.free(tables)
             return stop
+        if self.vm.host.ops.detailed:
+            self._tell(root, level - 1, children, small)
         root.entries[level - 1][children] = small
         root.leaves[level] -= 1
         root.leaves[level - 1] += 512
@@ -469,7 +544,7 @@ class Tdp:
         if not low & PRESENT or low & TABLE or pfn & (pages_per_level(level) - 1):
             return None
         frames = slice(pfn, pfn + pages_per_level(level), pages_per_level(level - 1))
-        want = leaf_words(frames, low & WRITABLE | PRESENT)
+        want = words_of(frames, low & WRITABLE | PRESENT)
         return None if np.count_nonzero((words & ~np.uint32(DIRTY)) != want) else pfn
 
     def promote(self, root: Root, gfn: int, level: int) -> Steps[Stop | None]:
@@ -488,8 +563,11 @@ class Tdp:
             pfn << FRAME_SHIFT | bits,
             "promote_private_spt",
             {"gfn": at << order, "level": level, "pfn": pfn, "table": table},
+            word,
         )
         if stop is None:
+            if self.vm.host.ops.detailed:
+                self._tell(root, level - 1, slice(at << 9, (at + 1) << 9, 1), 0)
             root.entries[level - 1][at << 9 : (at + 1) << 9] = 0
             root.leaves[level] += 1
             root.leaves[level - 1] -= 512
@@ -505,13 +583,43 @@ class Tdp:
         present = int(np.count_nonzero(small & np.uint32(PRESENT)))
         root.leaves[level - 1] -= present
         root.tables[level] -= 1
+        if self.vm.host.ops.detailed:
+            self._tell(root, level - 1, where(slice(at << 9, (at + 1) << 9, 1), small != 0), 0)
         small[:] = 0
         yield from self.set_entry(root, level, slice(at, at + 1, 1), pfn << FRAME_SHIFT | PRESENT | bits)
         root.leaves[level] += 1
         self.vm.host.meter.charge("hugepage_merge")
         self.vm.host.ops.emit("zap", "collapse", vm=self.vm.id, gfns=slice(at << order, (at + 1) << order, 1), n=1)
 
+    def make_room(self, root: Root, slot: Memslot, gfn: int, level: int) -> Steps[None]:
+        """What a mediated root has of small pages where a huge leaf is due is zapped; content stays where it is."""
+        yield from self.zap_leaves(root, slot, gfn, gfn + pages_per_level(level))
+        root.entries[level][gfn >> order_of(level)] = 0
+        root.tables[level] -= 1
+
     # ---- rights -----------------------------------------------------------------------------------------------
+
+    def protect(self, root: Root, slot: Memslot, gfns: slice) -> Steps[int]:
+        """Dirty logging takes write access from the leaves among gfns, huge ones of a mediated root included. Returns
+        how many had it; the caller flushes."""
+        if not root.external:
+            return self.write_protect(root, gfns)
+        protected = 0
+        for level, index in list(root.leaves_in(gfns.start, gfns.stop)):
+            words = take(root.entries[level], index)
+            had = (words & np.uint32(WRITABLE)) != 0
+            n = int(np.count_nonzero(had))
+            if n == 0:
+                continue
+            some, kept = where(index, had), words[had] & np.uint32(0xFFFF_FFFF ^ (WRITABLE | DIRTY))
+            batch = Batch(slot, level, heads(some, order_of(level)), contiguous(kept >> _FRAME, pages_per_level(level)))
+            yield from self.vm.host.ops.call("wrprotect_private_spte", n, vm=self.vm, batch=batch)
+            if self.vm.host.ops.detailed:
+                self._tell(root, level, some, kept)
+            root.entries[level][some] = kept
+            self.vm.host.meter.charge("spte_wrprot", n)
+            protected += n
+        return protected
 
     def write_protect(self, root: Root, gfns: slice) -> int:
         """Take write access from the 4K leaves among gfns. Returns how many had it."""
@@ -520,13 +628,28 @@ class Tdp:
             words = root.entries[PG_LEVEL_4K][run]
             mask = (words & np.uint32(PRESENT | WRITABLE)) == PRESENT | WRITABLE
             protected += int(np.count_nonzero(mask))
-            words[mask] &= np.uint32(0xFFFF_FFFF ^ (WRITABLE | DIRTY))
+            kept = words[mask] & np.uint32(0xFFFF_FFFF ^ (WRITABLE | DIRTY))
+            if self.vm.host.ops.detailed:
+                self._tell(root, PG_LEVEL_4K, where(run, mask), kept)
+            words[mask] = kept
         self.vm.host.meter.charge("spte_wrprot", protected)
         return protected
 
-    def make_writable(self, root: Root, level: int, index: Sel) -> None:
-        """Give present leaves write access (the fast page fault)."""
-        root.entries[level][index] = take(root.entries[level], index) | np.uint32(WRITABLE | DIRTY)
+    def make_writable(self, root: Root, slot: Memslot, level: int, index: Sel) -> Steps[Stop | None]:
+        """Give present leaves write access (the fast page fault); those of an external root through the hook."""
+        words = take(root.entries[level], index) | np.uint32(WRITABLE | DIRTY)
+        stop: Stop | None = None
+        if root.external:
+            pfns = contiguous(words >> _FRAME, pages_per_level(level))
+            batch = Batch(slot, level, heads(index, order_of(level)), pfns)
+            stopped = yield from self.vm.host.ops.call("relax_private_spte", len(batch), vm=self.vm, batch=batch)
+            if stopped is not None:
+                stop = Stop(stopped.done, stopped.reason if isinstance(stopped.reason, Fatal) else Retry())
+                index, words = part(index, 0, stop.done), words[: stop.done]
+        if self.vm.host.ops.detailed:
+            self._tell(root, level, index, words)
+        root.entries[level][index] = words
+        return stop
 
     # ---- whole roots ------------------------------------------------------------------------------------------
 
@@ -543,6 +666,9 @@ class Tdp:
         pages = root.pages_mapped
         self.vm.host.meter.charge("spte_write", sum(root.leaves))
         self.vm.host.ops.emit("zap", "zap_root", vm=self.vm.id, n=pages)
+        if self.vm.host.ops.detailed:
+            for level, index in root.leaves_in(0, self.end_gfn):
+                self._tell(root, level, index, 0)
         self.invalid.remove(root)
 
     def free_mirror(self) -> Steps[None]:
@@ -562,6 +688,8 @@ class Tdp:
                     "free_private_spt", count(index), vm=self.vm, gfns=gfns, level=level, tables=pfns
                 )
                 self.vm.host.frames.free(pfns if back is None else back)
+                if self.vm.host.ops.detailed:
+                    self._tell(root, level, index, 0)
                 root.entries[level][index] = 0
                 root.tables[level] -= count(index)
 

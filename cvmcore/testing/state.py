@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Bools: TypeAlias = npt.NDArray[np.bool_]
 
 LEAF = np.uint32(PRESENT | TABLE)
-ABSENT, IS_LEAF, IS_TABLE = 0, 1, 2
+ABSENT, IS_LEAF, IS_TABLE, DESTROYED = 0, 1, 2, 3
 """What an entry is, as `read_private_spte` says it."""
 
 _NONE: IntArray = np.zeros(0, np.int64)

@@ -8,14 +8,14 @@ workload needs at its end (content check, private memory unreadable, teardown, n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 import attrs
 import numpy as np
 
 from cvmcore.backend import Option
 from cvmcore.errors import InputError
-from cvmcore.guest import Guest, Machine
+from cvmcore.guest import Guest, Machine, Progress, silent
 from cvmcore.types import PG_LEVEL_4K, Capabilities
 
 GROUP = "cvmcore.workloads"
@@ -26,9 +26,6 @@ SLICE = 1 << 18
 """Pages that a workload hands over at once when it walks memory in order: often enough to show progress."""
 BATCH = 1 << 17
 """Scattered pages that a workload hands over at once."""
-
-Progress: TypeAlias = Callable[[int, int | None, str], None]
-"""Told (done, total or None where nobody knows, what is being done)."""
 
 
 def mapped_pages(machine: Machine) -> tuple[int, int]:
@@ -69,7 +66,7 @@ class Context:
     options: dict[str, Any]
     rng: np.random.Generator
     file: str | None = None
-    progress: Progress = lambda done, total, text: None
+    progress: Progress = silent
     notes: list[str] = attrs.field(factory=list)
     figures: dict[str, int | float] = attrs.field(factory=dict)
     wrong: list[str] = attrs.field(factory=list)

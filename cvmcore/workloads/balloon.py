@@ -26,12 +26,14 @@ def run(context: Context) -> None:
         gfns = expand(heads(as_sel(chunks), order), order)
         before, held = machine.host.frames.in_use, take(context.guest.written, gfns).copy()
         for low in range(0, count(gfns), BATCH):
+            context.progress(low, count(gfns), f"inflate {number}")
             _give_back(context, part(gfns, low, low + BATCH))
             context.progress(min(low + BATCH, count(gfns)), count(gfns), f"inflate {number}")
         context.figures["pages given back"] = context.figures.get("pages given back", 0) + count(gfns)
         freed = before - machine.host.frames.in_use
         context.figures["frames freed"] = context.figures.get("frames freed", 0) + freed
         for low in range(0, count(gfns), BATCH):
+            context.progress(low, count(gfns), f"deflate {number}")
             _take_again(context, part(gfns, low, low + BATCH), held[low : low + BATCH])
             context.progress(min(low + BATCH, count(gfns)), count(gfns), f"deflate {number}")
 

@@ -51,6 +51,7 @@ def run(context: Context) -> None:
     """Launch, firmware, kernel; the image must read back as it was loaded."""
     guest, machine = context.guest, context.machine
     where = layout(context)
+    context.progress(0, None, "launch")
     contents = [context.rng.bytes(PAGE_BYTES) for _ in where.image]
     machine.launch(contents)
 

@@ -27,6 +27,7 @@ def run(context: Context) -> None:
     context.populate(start, stop, private)
     context.figures["large pages before, %"] = context.large_percent()
 
+    context.progress(0, None, "start logging")
     _set_flags(context, region, KVM_MEM_LOG_DIRTY_PAGES)
     nr_written = max(1, region.npages * context.options["writes"] // 100)
     logged = 0
@@ -45,6 +46,7 @@ def run(context: Context) -> None:
     context.figures["pages logged"] = logged
     context.figures["large pages while logging, %"] = context.large_percent()
 
+    context.progress(0, None, "stop logging")
     _set_flags(context, region, 0)
     for gfns in context.in_order(start, stop, "touch again"):
         guest.read(gfns, context.vcpu(), private)

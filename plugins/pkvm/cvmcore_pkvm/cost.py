@@ -11,7 +11,7 @@ TRAP: tuple[str, ...] = ("hvc", "el2_dispatch")
 
 PARTS: dict[str, tuple[str, ...]] = {
     "pte": ("el2_pte_update",),
-    "tlbi_host": ("tlbi_page", "host_refill_4k"),
+    "tlbi_host": ("tlbi_page",),
     "tlbi_guest": ("tlbi_page",),
     "tlbi_range": ("tlbi_page",),
     "tlbi_vmid": ("tlbi_page",),
@@ -28,11 +28,22 @@ PARTS: dict[str, tuple[str, ...]] = {
     "table": (),
     "untable": (),
 }
-"""The prices of one unit of each kind of EL2's work (the keys of hw.Work): a call costs the sum of its parts."""
+"""The prices of one unit of each kind of EL2's work (the keys of hw.Work), while its locks are held."""
 
-CHARGES: frozenset[str] = frozenset(item for items in PARTS.values() for item in items) | {
+AFTERWARDS: dict[str, tuple[str, ...]] = {
+    "tlbi_host": ("host_refill_4k",),
+}
+"""What the same work costs when the locks are dropped: the host walks its stage 2 again for what was broken."""
+
+COPIES: tuple[str, ...] = ("memcpy_fixed", "memcpy_cold_kib", "memcpy_stream_kib", "memcpy_cached_kib")
+"""A copy within the guest: what the study `convert` sets beside two conversions."""
+
+CHARGES: frozenset[str] = frozenset(
+    item for table in (PARTS, AFTERWARDS) for items in table.values() for item in items
+) | {
     *TRAP,
     "gup_pin_4k",
     "gup_unpin_4k",
+    *COPIES,
 }
-"""Price items that the hooks charge, those among them that the core's profile prices included."""
+"""Price items that the hooks charge, those among them that the core's profile prices included, and the study's."""

@@ -19,7 +19,7 @@ import enum
 import functools
 from collections.abc import Callable, Generator, Sequence
 from functools import cached_property
-from typing import Any, Concatenate, Literal, ParamSpec, TypeAlias
+from typing import Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
 
 import attrs
 import numpy as np
@@ -30,9 +30,11 @@ from cvmcore.errors import InvariantViolation
 from cvmcore.memory import Memory
 from cvmcore.pages import (
     EMPTY,
+    PIECE_RUN,
     IntArray,
     Sel,
     Words,
+    all_zero,
     array_of,
     as_sel,
     blocks,
@@ -53,6 +55,7 @@ from cvmcore.types import Access, Walk
 from cvmcore_pkvm.errors import Errno, Ffa, Smccc
 
 P = ParamSpec("P")
+R = TypeVar("R")
 Mask: TypeAlias = npt.NDArray[np.bool_]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 
@@ -344,7 +347,7 @@ class _Checks:
 # ---- a guest's stage 2 ----------------------------------------------------------------------------------------
 
 
-_RAMP = np.arange(1 << 15, dtype=np.uint32)
+_RAMP = np.arange(PIECE_RUN, dtype=np.uint32)
 _RAMP_ENTRIES = _RAMP << FRAME_SHIFT
 
 
@@ -524,9 +527,19 @@ class HypVm:
         """Frames linked as table pages; which is which does not matter to anybody."""
         self.pool: list[int] = []
         """Frames of emptied tables: taken before the memcache."""
-        self.lock = Lock(f"vm[{handle:#x}].lock", RANK_COMPONENT)
-        self.pool_lock = Lock(f"vm[{handle:#x}].pool.lock", RANK_POOL)
-        self.host_lock = Lock(f"host_mmu.lock[{handle:#x}]", RANK_HOST)
+        self.lock = SpinLock(f"vm[{handle:#x}].lock", RANK_COMPONENT, handle * NR_RANGES)
+        self.pool_lock = SpinLock(f"vm[{handle:#x}].pool.lock", RANK_POOL)
+        self.host_lock = SpinLock(f"host_mmu.lock[{handle:#x}]", RANK_HOST, handle)
+        """What a VM's conversions take where locks are per VM."""
+        self._range_locks: dict[int, SpinLock] = {}
+
+    def range_locks(self, ranges: Sequence[int]) -> tuple[SpinLock, ...]:
+        """What stands for `lock` where locks are per range: one for each 2 MiB of gfns, hashed; ascending."""
+        for i in ranges:
+            if i not in self._range_locks:
+                name = f"vm[{self.handle:#x}].lock[{i}]"
+                self._range_locks[i] = SpinLock(name, RANK_COMPONENT, self.handle * NR_RANGES + i)
+        return tuple(self._range_locks[i] for i in ranges)
 
 
 @attrs.define(eq=False)
@@ -548,8 +561,45 @@ class _Plan:
 
 
 RANK_FFA, RANK_VM_TABLE, RANK_HOST, RANK_COMPONENT, RANK_POOL = 900, 910, 920, 930, 940
+NR_RANGES = 64
+"""Locks that ranges of 2 MiB are hashed to, where locks are per range."""
 _RESERVED = object()
-_HOST_LOCKS = 64
+
+
+class SpinLock(Lock):
+    """A lock at EL2. `number` orders locks of one rank: several are taken in ascending order."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, name: str, rank: int, number: int = 0) -> None:
+        super().__init__(name, rank)
+        self.number = number
+
+
+def in_order(steps: Steps[R]) -> Steps[R]:
+    """The steps of an operation, with the order of its locks checked as it takes them (the kernel checks nothing).
+
+    InvariantViolation: a lock that belongs outside of one that is held, or one that is still held at the end.
+    """
+    held: list[SpinLock] = []
+    answer: object = None
+    while True:
+        try:
+            effect = steps.send(answer)
+        except StopIteration as stop:
+            if held:
+                raise InvariantViolation(f"an operation of EL2 returned with {held[-1].name} held") from None
+            result: R = stop.value
+            return result
+        lock = effect.lock
+        if isinstance(lock, SpinLock):
+            if effect.kind == "release":
+                held.remove(lock)
+            elif held and (held[-1].rank, held[-1].number) >= (lock.rank, lock.number):
+                raise InvariantViolation(f"EL2 takes {lock.name} under {held[-1].name}: their order is the other way")
+            else:
+                held.append(lock)
+        answer = yield effect
 
 
 def _strictly_rising(pfns: Sel) -> bool:
@@ -580,18 +630,30 @@ def _refuse(status: Errno) -> Steps[Result]:
     return Result(status)
 
 
+def el2(fn: Callable[Concatenate[Hyp, P], Steps[R]]) -> operation[Hyp, P, R]:
+    """An operation of EL2: its locks are taken in order."""
+
+    @functools.wraps(fn)
+    def ordered(self: Hyp, /, *args: P.args, **kwargs: P.kwargs) -> Steps[R]:
+        return in_order(fn(self, *args, **kwargs))
+
+    return operation(ordered)
+
+
 def hypercall(fn: Callable[Concatenate[Hyp, P], Steps[Result]]) -> operation[Hyp, P, Result]:
     """A call that EL2 serves only once pKVM is finalised; before, SMCCC NOT_SUPPORTED, which reaches the host as
     -EOPNOTSUPP."""
 
+    @functools.wraps(fn)
     def served(self: Hyp, /, *args: P.args, **kwargs: P.kwargs) -> Steps[Result]:
-        return fn(self, *args, **kwargs) if self.finalised else _refuse(Errno.EOPNOTSUPP)
+        return in_order(fn(self, *args, **kwargs)) if self.finalised else _refuse(Errno.EOPNOTSUPP)
 
-    served.__doc__, served.__name__ = fn.__doc__, fn.__name__
     return operation(served)
 
 
-LockDesign = Literal["global", "vm", "range"]
+Locks: TypeAlias = "Sequence[SpinLock] | Callable[[], tuple[SpinLock, ...]]"
+LockDesign = Literal["global", "per-vm", "per-range"]
+LOCK_DESIGNS: tuple[LockDesign, ...] = ("global", "per-vm", "per-range")
 
 
 class Hyp:
@@ -599,11 +661,17 @@ class Hyp:
 
     memory: the frames' content. regions: (start, end, nomap) pfns that memblock knows as memory, one region of all
     frames by default; other pfns below the PA size are MMIO. carveout: frames that EL2 kept for itself at boot, `text`
-    those of its code. fwb, dic, tlbi_range: CPU features that spare cache maintenance and invalidations. host_lock:
-    "global" is upstream; "vm" (one host lock per VM) and "range" (one per 2 MiB of frames, hashed) are what-if designs.
+    those of its code. fwb, dic, tlbi_range: CPU features that spare cache maintenance and invalidations. checked: look
+    after each operation whether all states are legal together (`check_legal`); slow, for small machines.
 
-    Locks, outer to inner: vm_table_lock, host_mmu.lock, pkvm_pgd_lock or a vm->lock, page pools. Table pages that a
-    mapping needs are taken from the host within the mapping's own hold of host_mmu.lock.
+    Locks, outer to inner: vm_table_lock, host_mmu.lock, a vm->lock or pkvm_pgd_lock, page pools; `in_order` checks it.
+    Table pages that a mapping needs are taken from the host within the mapping's own hold of host_mmu.lock.
+
+    hyp_lock: "global" is upstream. The others are designs that nobody has built, to see what they would be worth.
+    "per-vm": what a protected guest converts stays its own, so it takes a lock of that VM in place of host_mmu.lock;
+    what moves frames between the host and somebody takes both. "per-range": host_mmu.lock and each vm->lock are one
+    lock for every 2 MiB of frames, or gfns, hashed to NR_RANGES. In both, an entry of the host's stage 2 is broken
+    under a locked annotation, which a host fault waits for.
     """
 
     def __init__(
@@ -619,7 +687,8 @@ class Hyp:
         fwb: bool = False,
         dic: bool = False,
         tlbi_range: bool = False,
-        host_lock: LockDesign = "global",
+        hyp_lock: LockDesign = "global",
+        checked: bool = False,
         finalised: bool = True,
     ) -> None:
         self.memory = memory
@@ -630,7 +699,8 @@ class Hyp:
         self.pa_frames = 1 << (pa_bits - 12)
         self.end_gfn = 1 << (ipa_bits - 12)
         self.fwb, self.dic, self.tlbi_range = fwb, dic, tlbi_range
-        self.host_lock_design = host_lock
+        self.hyp_lock = hyp_lock
+        self.checked = checked
         self.finalised = finalised
 
         self.frame: Bytes = zeros(nr_frames, np.uint8)
@@ -651,11 +721,12 @@ class Hyp:
         self.loaded: dict[int, HypVcpu] = {}
         self.counts: Work = {}
         """All work so far."""
-        self.ffa_lock = Lock("host_buffers.lock", RANK_FFA)
-        self.vm_table_lock = Lock("vm_table_lock", RANK_VM_TABLE)
-        self.host_lock = Lock("host_mmu.lock", RANK_HOST)
-        self.pgd_lock = Lock("pkvm_pgd_lock", RANK_COMPONENT)
-        self._host_locks: dict[int, Lock] = {}
+        self.ffa_lock = SpinLock("host_buffers.lock", RANK_FFA)
+        self.vm_table_lock = SpinLock("vm_table_lock", RANK_VM_TABLE)
+        self.host_lock = SpinLock("host_mmu.lock", RANK_HOST)
+        # The refill of a memcache takes it last, within the mapping that needs the pages.
+        self.pgd_lock = SpinLock("pkvm_pgd_lock", RANK_COMPONENT, 1 << 30)
+        self._range_locks: dict[int, SpinLock] = {}
 
         if count(carveout):
             self.frame[carveout] = frame_byte(NOPAGE, OWNED)
@@ -751,11 +822,11 @@ class Hyp:
         """How many of the frames have a page entry in the host's stage 2."""
         return int(np.count_nonzero(take(self.frame, pfns) & VALID))
 
-    @operation
+    @el2
     def handle_host_mem_abort(self, pfns: Sel) -> Steps[Result]:
         """The host touches frames, one by one (host_stage2_idmap): what it has lost fails with -EPERM (EL2 injects an
         abort, S1PTW set), an entry that a broken block took away comes back. Counted in `work`: the faults."""
-        return (yield from self._locked(self._hosts(None, pfns), lambda: self._host_fault(pfns)))
+        return (yield from self._locked(self._hosts(pfns), lambda: self._host_fault(pfns)))
 
     def _host_fault(self, pfns: Sel) -> Result:
         checks, work = _Checks(count(pfns)), Work()
@@ -773,28 +844,61 @@ class Hyp:
 
     # ---- locks ------------------------------------------------------------------------------------------------
 
-    def _hosts(self, vm: HypVm | None, pfns: Sel) -> tuple[Lock, ...]:
-        """host_mmu.lock, or what stands for it in the other designs; ascending."""
-        if self.host_lock_design == "vm" and vm is not None:
-            return (vm.host_lock,)
-        if self.host_lock_design != "range":
+    def _ranges(self, frames: Sel) -> list[int]:
+        """The ranges that frames or gfns lie in, as their locks are numbered, ascending."""
+        numbers = blocks(frames, BLOCK_ORDER) if _strictly_rising(frames) else array_of(frames) >> BLOCK_ORDER
+        ranges: list[int] = _distinct(array_of(numbers) % NR_RANGES).tolist()
+        return ranges
+
+    def _hosts(self, pfns: Sel, vm: HypVm | None = None) -> tuple[SpinLock, ...]:
+        """host_mmu.lock for operations that move frames between the host and somebody, a VM perhaps."""
+        if self.hyp_lock == "global":
             return (self.host_lock,)
-        numbers = blocks(pfns, BLOCK_ORDER) if _strictly_rising(pfns) else array_of(pfns) >> BLOCK_ORDER
-        wanted = _distinct(array_of(numbers) % _HOST_LOCKS).tolist()
-        for i in wanted:
-            if i not in self._host_locks:
-                self._host_locks[i] = Lock(f"host_mmu.lock[{i}]", RANK_HOST)
-        return tuple(self._host_locks[i] for i in wanted)
+        if self.hyp_lock == "per-vm":
+            return (self.host_lock,) if vm is None else (self.host_lock, vm.host_lock)
+        ranges = self._ranges(pfns)
+        for i in ranges:
+            if i not in self._range_locks:
+                self._range_locks[i] = SpinLock(f"host_mmu.lock[{i}]", RANK_HOST, i)
+        return tuple(self._range_locks[i] for i in ranges)
+
+    def _of_vm(self, vm: HypVm, gfns: Sel) -> tuple[SpinLock, ...]:
+        """vm->lock for operations on these gfns."""
+        return vm.range_locks(self._ranges(gfns)) if self.hyp_lock == "per-range" else (vm.lock,)
+
+    def _of_guest(self, vm: HypVm, gfns: Sel, converts: bool = False) -> Locks:
+        """The locks of an operation that names guest pages: host side, then the VM's. Where they depend on the frames,
+        which may change until they are held, a function that says which they are now."""
+        if self.hyp_lock != "per-range":
+            hosts = (vm.host_lock,) if converts and self.hyp_lock == "per-vm" else self._hosts(EMPTY, vm)
+            return (*hosts, vm.lock)
+
+        def now() -> tuple[SpinLock, ...]:
+            known = where(gfns, array_of(gfns) < len(vm.stage2.pages))
+            words = vm.stage2.leaves(known)
+            pfns = (words[(words & LEAF_BITS) > LEAF_POISON] >> FRAME_SHIFT).astype(np.int64)
+            return (*self._hosts(pfns), *self._of_vm(vm, gfns))
+
+        return now
 
     def _locked(
-        self, locks: Sequence[Lock], act: Callable[[], Result], pool: Lock | None = None
+        self, locks: Locks, act: Callable[[], Result], pool: SpinLock | None = None
     ) -> Generator[Effect, object, Result]:
         """Run `act` under locks, taken in order; the time of its work passes before they are dropped."""
-        for lock in locks:
+        held = locks() if callable(locks) else locks
+        for lock in held:
             yield lock.write
+        while callable(locks) and (wanted := locks()) != held:
+            for lock in reversed(held):
+                yield lock.release
+            held = wanted
+            for lock in held:
+                yield lock.write
         result = act()
+        if self.checked:
+            self.check_legal()
         if result.work:
-            if ADMIT in result.work:
+            if ADMIT in result.work and self.pgd_lock not in held:
                 yield self.pgd_lock.write
                 yield self.pgd_lock.release
             if pool is not None and (TABLE in result.work or UNTABLE in result.work):
@@ -803,30 +907,22 @@ class Hyp:
             for key, n in result.work.items():
                 self.counts[key] = self.counts.get(key, 0) + n
             yield Worked(result.work)
-        for lock in reversed(locks):
+        for lock in reversed(held):
             yield lock.release
         return result
-
-    def _guest_locks(self, vm: HypVm, gfns: Sel) -> tuple[Lock, ...]:
-        """Locks of an operation that names guest pages: host side, then the VM's."""
-        pfns: Sel = EMPTY
-        if self.host_lock_design == "range":
-            known = where(gfns, array_of(gfns) < len(vm.stage2.pages))
-            pfns = array_of(contiguous(vm.stage2.leaves(known) >> FRAME_SHIFT))
-        return (*self._hosts(vm, pfns), vm.lock)
 
     # ---- host and hyp -----------------------------------------------------------------------------------------
 
     @hypercall
     def host_share_hyp(self, pfns: Sel) -> Steps[Result]:
         """__pkvm_host_share_hyp, one call a page: EL2 may pin them from now on. No table is touched."""
-        locks = (*self._hosts(None, pfns), self.pgd_lock)
+        locks = (*self._hosts(pfns), self.pgd_lock)
         return (yield from self._locked(locks, lambda: self._frame_only("host_share_hyp", pfns)))
 
     @hypercall
     def host_unshare_hyp(self, pfns: Sel) -> Steps[Result]:
         """__pkvm_host_unshare_hyp, one call a page. A page that EL2 has pinned: -EBUSY."""
-        locks = (*self._hosts(None, pfns), self.pgd_lock)
+        locks = (*self._hosts(pfns), self.pgd_lock)
         return (yield from self._locked(locks, lambda: self._frame_only("host_unshare_hyp", pfns)))
 
     def _frame_only(self, name: str, pfns: Sel) -> Result:
@@ -851,7 +947,7 @@ class Hyp:
             status = self._check_memory(pfn, nr) or self._cannot_pin(run(pfn, nr))
             return Result(status) if status else Result(done=nr, work=self._pin(run(pfn, nr)))
 
-        return (yield from self._locked((*self._hosts(None, run(pfn, nr)), self.pgd_lock), act))
+        return (yield from self._locked((*self._hosts(run(pfn, nr)), self.pgd_lock), act))
 
     def _cannot_pin(self, frames: Sel) -> Errno:
         checks, move = _Checks(count(frames)), TRANSITIONS["hyp_pin"]
@@ -871,7 +967,7 @@ class Hyp:
     def hyp_unpin(self, pfn: int, nr: int) -> Steps[Result]:
         """hyp_unpin_shared_mem: checks nothing; a page that was not pinned is a bug of EL2 (InvariantViolation)."""
         frames = run(pfn, nr)
-        return (yield from self._locked((*self._hosts(None, frames), self.pgd_lock), lambda: self._unpin(frames)))
+        return (yield from self._locked((*self._hosts(frames), self.pgd_lock), lambda: self._unpin(frames)))
 
     def _unpin(self, frames: Sel) -> Result:
         refs = take(self.refcount, frames)
@@ -887,7 +983,7 @@ class Hyp:
     @hypercall
     def host_donate_hyp(self, pfn: int, nr: int) -> Steps[Result]:
         """__pkvm_host_donate_hyp, EL2 itself: the host loses a range of pages to EL2. All of it or nothing."""
-        locks = (*self._hosts(None, run(pfn, nr)), self.pgd_lock)
+        locks = (*self._hosts(run(pfn, nr)), self.pgd_lock)
         return (yield from self._locked(locks, lambda: self._donate_hyp(pfn, nr)))
 
     def _donate_hyp(self, pfn: int, nr: int, touched: bool = False) -> Result:
@@ -912,7 +1008,7 @@ class Hyp:
 
         All of the range or nothing; a page with references: -EBUSY.
         """
-        locks = (*self._hosts(None, run(pfn, nr)), self.pgd_lock)
+        locks = (*self._hosts(run(pfn, nr)), self.pgd_lock)
         return (yield from self._locked(locks, lambda: self._donate_host(pfn, nr)))
 
     def _donate_host(self, pfn: int, nr: int) -> Result:
@@ -942,13 +1038,13 @@ class Hyp:
     @hypercall
     def host_share_ffa(self, pfn: int, nr: int) -> Steps[Result]:
         """__pkvm_host_share_ffa: the host lends a range to TrustZone. All of it or nothing; no table is touched."""
-        locks = self._hosts(None, run(pfn, nr))
+        locks = self._hosts(run(pfn, nr))
         return (yield from self._locked(locks, lambda: self._ffa("host_share_ffa", pfn, nr)))
 
     @hypercall
     def host_unshare_ffa(self, pfn: int, nr: int) -> Steps[Result]:
         """__pkvm_host_unshare_ffa. That TrustZone was who borrowed the pages is the proxy's business, not checked."""
-        locks = self._hosts(None, run(pfn, nr))
+        locks = self._hosts(run(pfn, nr))
         return (yield from self._locked(locks, lambda: self._ffa("host_unshare_ffa", pfn, nr)))
 
     def _ffa(self, name: str, pfn: int, nr: int) -> Result:
@@ -959,7 +1055,7 @@ class Hyp:
         self.frame[frames] ^= move.want ^ move.result
         return Result(done=nr)
 
-    @operation
+    @el2
     def ffa_mem_share(self, ranges: Sequence[tuple[int, int]]) -> Steps[Ffa]:
         """The FF-A proxy (ffa_host_share_ranges): share (pfn, nr) ranges in turn; if one fails, take back those before
         it and answer DENIED. Lending is the same to EL2."""
@@ -975,7 +1071,7 @@ class Hyp:
         yield self.ffa_lock.release
         return Ffa.SUCCESS if i == len(ranges) else Ffa.DENIED
 
-    @operation
+    @el2
     def ffa_mem_reclaim(self, ranges: Sequence[tuple[int, int]]) -> Steps[Ffa]:
         """The proxy takes back ranges that the firmware has released, as its descriptor names them."""
         yield self.ffa_lock.write
@@ -1058,7 +1154,7 @@ class Hyp:
             self.vm_table[handle - HANDLE_OFFSET] = vm
             return Result(done=1, work=work)
 
-        return (yield from self._locked((self.vm_table_lock, *self._hosts(None, memory), self.pgd_lock), act))
+        return (yield from self._locked((self.vm_table_lock, *self._hosts(memory), self.pgd_lock), act))
 
     def _can_take(self, *parts: Sel) -> bool:
         """Whether EL2 can take all of these frames from the host."""
@@ -1094,7 +1190,7 @@ class Hyp:
             vm.vcpus[index] = HypVcpu(vm, index, memory, host_vcpu, memcache)
             return Result(done=1, work=work)
 
-        return (yield from self._locked((self.vm_table_lock, *self._hosts(None, memory), self.pgd_lock), act))
+        return (yield from self._locked((self.vm_table_lock, *self._hosts(memory), self.pgd_lock), act))
 
     @hypercall
     def vcpu_load(self, cpu: int, handle: int, index: int) -> Steps[Result]:
@@ -1150,7 +1246,7 @@ class Hyp:
         if not dropped.ok:
             return dropped
         vm: HypVm = dropped.answer
-        locks = (*self._hosts(vm, vm.pages), self.pgd_lock)
+        locks = (*self._hosts(vm.pages), self.pgd_lock)
         return (yield from self._locked(locks, lambda: self._finalize(vm)))
 
     def _drop_vm(self, handle: int) -> Result:
@@ -1279,7 +1375,7 @@ class Hyp:
         vcpu = self._vcpu_on(cpu, protected=True)
         if vcpu is None:
             return Result(Errno.EINVAL)
-        locks = (*self._hosts(vcpu.vm, pfns), vcpu.vm.lock)
+        locks = (*self._hosts(pfns, vcpu.vm), *self._of_vm(vcpu.vm, gfns))
         act = functools.partial(self._donate_guest, vcpu, pfns, gfns, touched)
         return (yield from self._locked(locks, act, vcpu.vm.pool_lock))
 
@@ -1297,7 +1393,7 @@ class Hyp:
         checks.stop(plan.inside, Errno.ERANGE)
         if checks.n:
             words = vm.stage2.leaves(checks.cut(gfns))
-            if np.count_nonzero(words):
+            if not all_zero(words):
                 checks.fail(words != ABSENT, Errno.EPERM)
         self._link_tables(vcpu, gfns, 1, plan, checks, work)
         n = checks.n
@@ -1335,7 +1431,7 @@ class Hyp:
         if vcpu is None:
             return Result(Errno.EINVAL)
         vm = vcpu.vm
-        locks = self._guest_locks(vm, gfns)
+        locks = self._of_guest(vm, gfns, converts=True)
         return (yield from self._locked(locks, lambda: self._convert(TRANSITIONS[name], vm, gfns)))
 
     def _owned_leaves(
@@ -1395,7 +1491,7 @@ class Hyp:
         vm = self.vm_of(handle)
         if vm is None or not vm.is_dying:
             return Result(Errno.EINVAL)
-        return (yield from self._locked(self._guest_locks(vm, gfns), lambda: self._reclaim(vm, gfns), vm.pool_lock))
+        return (yield from self._locked(self._of_guest(vm, gfns), lambda: self._reclaim(vm, gfns), vm.pool_lock))
 
     def _reclaim(self, vm: HypVm, gfns: Sel) -> Result:
         checks, work = _Checks(count(gfns)), Work()
@@ -1445,11 +1541,21 @@ class Hyp:
 
         Not memory: -EFAULT. Accessible to the host, or its VM is gone: -EAGAIN. EL2's, or not a private page: -EPERM.
         """
-        _checks, vms = self._forcible(pfns)
-        owners: list[HypVm | None] = [*vms] or [None]
-        hosts = [lock for vm in owners for lock in self._hosts(vm, pfns)]
-        locks = (self.vm_table_lock, *dict.fromkeys(hosts), *(vm.lock for vm in vms))
-        return (yield from self._locked(locks, lambda: self._force_reclaim(pfns)))
+
+        def now() -> tuple[SpinLock, ...]:
+            checks, vms = self._forcible(pfns)
+            frames = array_of(checks.cut(pfns))
+            owners: list[HypVm | None] = [*vms] or [None]
+            hosts = dict.fromkeys(lock for vm in owners for lock in self._hosts(pfns, vm))
+            guests = [lock for vm in vms for lock in self._of_vm(vm, self._gfns_in(vm, frames))]
+            return (self.vm_table_lock, *hosts, *guests)
+
+        return (yield from self._locked(now, lambda: self._force_reclaim(pfns)))
+
+    def _gfns_in(self, vm: HypVm, frames: IntArray) -> IntArray:
+        """Where the frames are that a VM owns, as their annotations say."""
+        gfns: IntArray = self.owner_gfn[frames[self.owner[frames] == vm.handle]].astype(np.int64)
+        return gfns
 
     def _forcible(self, pfns: Sel) -> tuple[_Checks, list[HypVm]]:
         """Which leading frames can be reclaimed by force, and the VMs that own them, by handle."""
@@ -1501,7 +1607,7 @@ class Hyp:
         vcpu = self._vcpu_on(cpu, protected=True)
         if vcpu is None:
             return Result(Errno.EINVAL)
-        return (yield from self._locked((vcpu.vm.lock,), lambda: self._poison_faults(vcpu, gfns)))
+        return (yield from self._locked(self._of_vm(vcpu.vm, gfns), lambda: self._poison_faults(vcpu, gfns)))
 
     def _poison_faults(self, vcpu: HypVcpu, gfns: Sel) -> Result:
         walked, status = vcpu.faults
@@ -1532,7 +1638,7 @@ class Hyp:
         vcpu = self._vcpu_on(cpu, protected=False)
         if vcpu is None:
             return Result(Errno.EINVAL)
-        locks = (*self._hosts(vcpu.vm, pfns), vcpu.vm.lock)
+        locks = (*self._hosts(pfns, vcpu.vm), *self._of_vm(vcpu.vm, gfns))
         act = functools.partial(self._share_guest, vcpu, pfns, gfns, nr, prot)
         return (yield from self._locked(locks, act, vcpu.vm.pool_lock))
 
@@ -1600,7 +1706,7 @@ class Hyp:
         if vm is None:
             return Result(Errno.EINVAL)
         act = functools.partial(self._unshare_guest, vm, gfns, nr)
-        return (yield from self._locked(self._guest_locks(vm, gfns), act, vm.pool_lock))
+        return (yield from self._locked(self._of_guest(vm, gfns), act, vm.pool_lock))
 
     def _unshare_guest(self, vm: HypVm, gfns: Sel, nr: int) -> Result:
         stage2, checks, work = vm.stage2, _Checks(count(gfns)), Work()
@@ -1658,7 +1764,7 @@ class Hyp:
         if vcpu is None:
             return Result(Errno.EINVAL)
         vm = vcpu.vm
-        return (yield from self._locked((vm.lock,), lambda: self._relax(vm.stage2, gfns, prot)))
+        return (yield from self._locked(self._of_vm(vm, gfns), lambda: self._relax(vm.stage2, gfns, prot)))
 
     def _relax(self, stage2: Stage2, gfns: Sel, prot: int) -> Result:
         checks, work = _Checks(count(gfns)), Work()
@@ -1688,7 +1794,7 @@ class Hyp:
                 _add(work, PTE, checks.n)
             return checks.result(work)
 
-        return (yield from self._locked((vm.lock,), act))
+        return (yield from self._locked(self._of_vm(vm, gfns), act))
 
     def _mapped_leaves(self, stage2: Stage2, gfns: Sel, checks: _Checks) -> Sel:
         """The leading gfns that a leaf of either size translates; an absent one fails with -EAGAIN."""
@@ -1723,7 +1829,7 @@ class Hyp:
                 _add(work, PTE, self._take_bits(stage2, expand(named, order), int(Prot.W)))
             return checks.result(work)
 
-        return (yield from self._locked((vm.lock,), act))
+        return (yield from self._locked(self._of_vm(vm, gfns), act))
 
     @staticmethod
     def _take_bits(stage2: Stage2, pages: Sel, bits: int) -> int:
@@ -1760,7 +1866,7 @@ class Hyp:
             checks.answer = young
             return checks.result(work)
 
-        return (yield from self._locked((vm.lock,), act))
+        return (yield from self._locked(self._of_vm(vm, gfns), act))
 
     @hypercall
     def tlb_flush_vmid(self, handle: int) -> Steps[Result]:
@@ -1772,7 +1878,7 @@ class Hyp:
     def read_stage2(self, handle: int, gfns: Sel, level: int) -> tuple[Bytes, IntArray]:
         """What a VM's stage 2 holds at a level (1: pages, 2: blocks of 2 MiB, ...) for these gfns, for a debugger.
 
-        State (0 absent or poisoned, 1 a leaf, 2 a table) and the leaf's frame, one for each. ValueError: no such VM.
+        State (0 absent, 1 a leaf, 2 a table, 3 poison) and the leaf's frame, one for each. ValueError: no such VM.
         """
         vm = self.vm_of(handle)
         if vm is None:
@@ -1785,6 +1891,7 @@ class Hyp:
             words = (stage2.pages if level == 1 else stage2.blocks)[index]
             leaf = (words & LEAF_BITS) > LEAF_POISON
             state[known[leaf]] = 1
+            state[known[(words & LEAF_BITS) == LEAF_POISON]] = 3
             frames[known[leaf]] = words[leaf] >> FRAME_SHIFT
         if level in (2, 3):
             state[known[stage2.used[level - 2][index] != 0]] = 2
@@ -1810,7 +1917,7 @@ class Hyp:
             if not count(gfns):
                 return Access(Walk.OK, EMPTY)
         words = stage2.leaves(gfns)
-        if not words[0] and not np.count_nonzero(words):
+        if not words[0] and all_zero(words):
             vcpu.faults = (gfns, int(Walk.MISS))
             return Access(Walk.MISS, EMPTY)
         leaves, pfns = _leaves(words)
@@ -1821,7 +1928,7 @@ class Hyp:
         vcpu.faults = (gfns, status)
         return Access(status, pfns)
 
-    @operation
+    @el2
     def hyp_meminfo(self, cpu: int, args: tuple[int, int, int] = (0, 0, 0)) -> Steps[HvcResult]:
         """HYP_MEMINFO: a protected guest learns the granule (4096 in `done`). Arguments must be zero."""
         if self._vcpu_on(cpu, protected=True) is None:
@@ -1829,7 +1936,7 @@ class Hyp:
         yield from ()
         return HvcResult(Smccc.INVALID_PARAMETER, 0, 1) if any(args) else HvcResult(Smccc.SUCCESS, 4096, 1)
 
-    @operation
+    @el2
     def mem_share(self, cpu: int, gfns: Sel, batch: int = 1) -> Steps[HvcResult]:
         """The loop of a guest that shares pages with MEM_SHARE, `batch` pages a call (1: upstream; up to 512: Android).
 
@@ -1838,7 +1945,7 @@ class Hyp:
         """
         return (yield from self._hvc("guest_share_host", cpu, gfns, batch))
 
-    @operation
+    @el2
     def mem_unshare(self, cpu: int, gfns: Sel, batch: int = 1) -> Steps[HvcResult]:
         """The loop of a guest that takes pages back with MEM_UNSHARE; see mem_share. An absent page is an error."""
         return (yield from self._hvc("guest_unshare_host", cpu, gfns, batch))

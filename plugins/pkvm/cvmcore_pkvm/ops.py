@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from cvmcore.backend import Backend, Option
 from cvmcore.effects import Lock, Steps
-from cvmcore.errors import HardwareError, UapiError
+from cvmcore.errors import HardwareError, InputError, UapiError
 from cvmcore.hookspecs import API_VERSION, hookimpl
 from cvmcore.pages import EMPTY, Sel, array_of, contiguous, count, first, grown, last, part, take, where, zeros
 from cvmcore.types import (
@@ -49,7 +49,7 @@ from cvmcore.types import (
     pages_per_level,
 )
 from cvmcore_pkvm import hw, launch
-from cvmcore_pkvm.cost import CHARGES, PARTS, PROFILE, TRAP
+from cvmcore_pkvm.cost import AFTERWARDS, CHARGES, PARTS, PROFILE, TRAP
 from cvmcore_pkvm.errors import Errno, Smccc
 from cvmcore_pkvm.hw import Hyp, Prot, Result
 
@@ -91,6 +91,8 @@ class PkvmVm:
     pins: npt.NDArray[np.uint8] = attrs.field(factory=lambda: zeros(0, np.uint8))
     faulting: PkvmVcpu | None = None
     """The vCPU whose caches were topped up last: its hypercalls map."""
+    stale_tlbs: bool = False
+    """Whether leaves were write-protected and no flush came after that."""
 
 
 def _granted(wanted: int, grant: Callable[[int], object]) -> int:
@@ -122,16 +124,20 @@ class Pkvm:
     def _el2(host: HostView, steps: Steps[Any]) -> Steps[Any]:
         """Run an operation of the hypervisor; what it does is charged while it holds its locks."""
         answer: object = None
+        later: list[tuple[str, int]] = []
         while True:
             try:
                 effect = steps.send(answer)
             except StopIteration as stop:
+                for item, n in later:
+                    host.meter.charge(item, n)
                 return stop.value
             if isinstance(effect, hw.Worked):
                 answer = None
                 for kind, n in effect.work.items():
                     for item in PARTS[kind]:
                         host.meter.charge(item, n)
+                    later += ((item, n) for item in AFTERWARDS.get(kind, ()))
             else:
                 answer = yield effect
 
@@ -151,7 +157,7 @@ class Pkvm:
 
     @hookimpl
     def host_init(self, host: HostView) -> None:
-        host.hw = Hyp(host.memory, host.nr_frames, host_lock=host.options["el2_lock"])
+        host.hw = Hyp(host.memory, host.nr_frames, hyp_lock=host.options["hyp_lock"])
 
     @hookimpl
     def capabilities(self, options: dict[str, Any]) -> Capabilities:
@@ -171,12 +177,10 @@ class Pkvm:
                 max_private_level=PG_LEVEL_4K,
                 max_shared_level=PG_LEVEL_4K,
             )
-        # No hook of the core tells EL2 to write-protect an entry, so dirty logging would miss every write.
         return Capabilities(
             mediated_root=True,
             converts_in_place=True,
             conversion_keeps_content=True,
-            dirty_logging=False,
             gmem_backed=False,
             prefault=False,
             max_private_level=PG_LEVEL_2M,
@@ -450,8 +454,31 @@ class Pkvm:
             batch = batch.part(result.done + 1, n)
 
     @hookimpl
-    def flush_remote_tlbs(self) -> bool:
-        """EL2 has invalidated what it unmapped before its hypercall returned: nothing is left to flush."""
+    def wrprotect_private_spte(self, vm: VmView, batch: Batch) -> Steps[None]:
+        """pkvm_pgtable_stage2_wrprotect: EL2 takes write access and leaves the TLBs to the flush that follows."""
+        steps = vm.host.hw.wrprotect.steps(vm.arch.handle, batch.gfns, pages_per_level(batch.level))
+        result = yield from self._hcall(vm.host, "__pkvm_host_wrprotect_guest", steps, len(batch))
+        if not result.ok:
+            vm.bug(f"__pkvm_host_wrprotect_guest answers {result.status.name}")
+        vm.arch.stale_tlbs = True
+
+    @hookimpl
+    def relax_private_spte(self, vm: VmView, batch: Batch) -> Steps[InstallResult]:
+        """pkvm_pgtable_stage2_relax_perms, on the vCPU that faulted."""
+        vcpu = vm.arch.faulting
+        assert vcpu is not None
+        steps = vm.host.hw.relax_perms.steps(vcpu.cpu, batch.gfns, Prot.RWX)
+        result = yield from self._hcall(vm.host, "__pkvm_host_relax_perms_guest", steps, len(batch))
+        return None if result.ok else Stopped(result.done, Retry())
+
+    @hookimpl
+    def flush_remote_tlbs(self, vm: VmView) -> Steps[bool]:
+        """What EL2 unmapped it has invalidated before its hypercall returned; only what it write-protected is left, and
+        goes with the whole VMID."""
+        if vm.arch.stale_tlbs:
+            vm.arch.stale_tlbs = False
+            steps = vm.host.hw.tlb_flush_vmid.steps(vm.arch.handle)
+            yield from self._hcall(vm.host, "__pkvm_tlb_flush_vmid", steps)
         return True
 
     # ---- what guest and host do -------------------------------------------------------------------------------
@@ -518,6 +545,17 @@ class Pkvm:
                 raise HardwareError("host access", forced.status.name, "EL2 does not let the host kernel go on")
 
 
+class Pages(Option):
+    """An option that is a number of pages which one call can cover."""
+
+    def parse(self, text: str | int) -> int:
+        """The number. Raises InputError where no call covers so many."""
+        value = int(super().parse(text))
+        if not 1 <= value <= hw.PAGES_BLOCK:
+            raise InputError(f"option {self.name}: a call covers 1 to {hw.PAGES_BLOCK} pages, not {value}")
+        return value
+
+
 PKVM = Backend(
     name="pkvm",
     vendor="arm-pkvm",
@@ -529,9 +567,9 @@ PKVM = Backend(
     charges=CHARGES,
     options=(
         Option("protected", "yes", "protected VMs, or (no) VMs whose memory the host can see", ("yes", "no")),
-        Option("batch", 1, "pages that one MEM_SHARE or MEM_UNSHARE covers: 1 upstream, up to 512 on Android"),
+        Pages("batch", 1, "pages that one MEM_SHARE or MEM_UNSHARE covers: 1 upstream, up to 512 on Android"),
         Option("conversion", "el2", "who hears of a conversion: nobody above EL2, or user space too", ("el2", "exit")),
-        Option("el2_lock", "global", "host_mmu.lock: one, one per VM, or one per 2 MiB", ("global", "vm", "range")),
+        Option("hyp_lock", "global", "the locks of EL2: as upstream, per VM, or per 2 MiB", hw.LOCK_DESIGNS),
     ),
 )
 """The one backend of the vendor."""

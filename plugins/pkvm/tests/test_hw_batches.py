@@ -220,8 +220,8 @@ def test_walk_tells_the_truth(make_rig: Any, gfns: Any, probe: Any) -> None:
 
 def test_empty_batches(make_rig: Any) -> None:
     """A batch of nothing does nothing and succeeds."""
-    for design in ("global", "vm", "range"):
-        rig = make_rig(host_lock=design)
+    for design in ("global", "per-vm", "per-range"):
+        rig = make_rig(hyp_lock=design)
         hyp, pvm, np_vm = rig.hyp, rig.make_vm(protected=True), rig.make_vm(protected=False)
         cpu, np_cpu, none = rig.cpu(pvm), rig.cpu(np_vm), run(0, 0)
         results = [

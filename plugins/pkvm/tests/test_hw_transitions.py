@@ -671,3 +671,148 @@ def test_bugs_of_el2_itself_are_violations(make_rig: Any) -> None:
     page.hyp.refcount[PFN] = 0xFFFF
     with pytest.raises(InvariantViolation, match="65535"):
         page.hyp.hyp_pin(PFN, 1)
+
+
+# ---- frame and gfn in every combination ---------------------------------------------------------------------------
+
+GFN_STATES = ("absent", "private", "shared_back", "poisoned", "np", "np_block")
+"""What stands at the gfn that a mapping is asked for: of the protected guest, or of the np guest."""
+MAP_EXPECTED: dict[str, dict[str, tuple[Errno, ...]]] = {
+    # host_donate_guest: memory, then the host's state, then the guest's
+    "host_donate_guest": {
+        #              plain hypshr hyppin ffa  np  npfull hyp hypref private back poison mmio nomap beyond
+        "absent":      (OK,  *[EPERM] * 9,                                         OK, *[EPERM] * 3),
+        "private":     (EPERM,) * 14,
+        "shared_back": (EPERM,) * 14,
+        "poisoned":    (EPERM,) * 14,
+    },
+    # host_share_guest: the PA size, memory, the guest's state, then the host's
+    "host_share_guest": {
+        "absent":      (OK, EPERM, EPERM, EPERM, OK, EBUSY, *[EPERM] * 4,          OK, EPERM, EPERM, EINVAL),
+        "np":          (EPERM,) * 13 + (EINVAL,),
+        "np_block":    (EPERM,) * 13 + (EINVAL,),
+    },
+}  # fmt: skip
+AT = 1024  # the gfn, its state made with frames from 2048 on
+
+
+def at_gfn(page: Page, state: str) -> None:
+    """Bring gfn AT into a state, with another frame than PFN."""
+    hyp = page.hyp
+    if state == "np":
+        assert hyp.host_share_guest(page.np_cpu, run(2048, 1), run(AT, 1), 1, Prot.RWX).ok
+    elif state == "np_block":
+        assert hyp.host_share_guest(page.np_cpu, run(2048, 1), run(AT, 1), 512, Prot.RWX).ok
+    elif state != "absent":
+        assert hyp.host_donate_guest(page.cpu, run(2048, 1), run(AT, 1)).ok
+        if state == "shared_back":
+            assert hyp.guest_share_host(page.cpu, run(AT, 1)).ok
+        elif state == "poisoned":
+            assert hyp.host_force_reclaim(run(2048, 1)).ok
+    for cpu in (page.cpu, page.np_cpu):  # memcaches are full again
+        assert not hyp.host_donate_guest(cpu, run(4095, 1), run(0, 1)).ok
+        assert not hyp.host_share_guest(cpu, run(4095, 1), run(0, 1), 1, Prot.RWX).ok
+
+
+@pytest.mark.parametrize(
+    ("op", "gfn_state", "state"),
+    [(op, gfn, state) for op, rows in MAP_EXPECTED.items() for gfn in rows for state in STATES],
+)
+def test_mapping_in_every_combination(make_rig: Any, op: str, gfn_state: str, state: str) -> None:
+    """A frame in each state into a gfn in each state: the first check that fails decides, and nothing is changed."""
+    page = Page(make_rig(regions=REGIONS), state)
+    at_gfn(page, gfn_state)
+
+    def call() -> Result:
+        pfns, gfns = run(page.pfn, 1), run(AT, 1)
+        if op == "host_donate_guest":
+            donated: Result = page.hyp.host_donate_guest(page.cpu, pfns, gfns)
+            return donated
+        shared: Result = page.hyp.host_share_guest(page.np_cpu, pfns, gfns, 1, Prot.RWX)
+        return shared
+
+    assert outcome(page, call).status == MAP_EXPECTED[op][gfn_state][STATES.index(state)]
+
+
+# Operations on an np gfn, by the size asked for and what stands there.
+SIZED_OPS: dict[str, Any] = {
+    "host_share_guest": lambda p, g, nr: p.hyp.host_share_guest(p.np_cpu, run(1024, 1), run(g, 1), nr, Prot.RWX),
+    "host_unshare_guest": lambda p, g, nr: p.hyp.host_unshare_guest(p.np, run(g, 1), nr),
+    "wrprotect": lambda p, g, nr: p.hyp.wrprotect(p.np, run(g, 1), nr),
+    "test_clear_young": lambda p, g, nr: p.hyp.test_clear_young(p.np, run(g, 1), nr, True),
+}
+SIZED_EXPECTED: dict[tuple[str, int], tuple[Errno, ...]] = {
+    #                            absent  np      np_block   gfn not aligned
+    ("host_share_guest", 1):    (OK,     EPERM,  EPERM,     OK),
+    ("host_share_guest", 512):  (OK,     EPERM,  EPERM,     EINVAL),
+    ("host_share_guest", 2):    (EINVAL, EINVAL, EINVAL,    EINVAL),
+    ("host_unshare_guest", 1):  (ENOENT, OK,     E2BIG,     ENOENT),
+    ("host_unshare_guest", 512): (ENOENT, E2BIG, OK,        EINVAL),
+    ("host_unshare_guest", 2):  (EINVAL, EINVAL, EINVAL,    EINVAL),
+    ("wrprotect", 1):           (OK,     OK,     OK,        OK),
+    ("wrprotect", 512):         (OK,     OK,     OK,        EINVAL),
+    ("wrprotect", 2):           (EINVAL, EINVAL, EINVAL,    EINVAL),
+    ("test_clear_young", 1):    (OK,     OK,     OK,        OK),
+    ("test_clear_young", 512):  (OK,     OK,     OK,        EINVAL),
+    ("test_clear_young", 2):    (EINVAL, EINVAL, EINVAL,    EINVAL),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state", ["absent", "np", "np_block", "not aligned"])
+@pytest.mark.parametrize(("op", "nr"), SIZED_EXPECTED)
+def test_sizes_in_every_combination(make_rig: Any, op: str, nr: int, state: str) -> None:
+    page = Page(make_rig(), "plain")
+    at_gfn(page, "absent" if state == "not aligned" else state)
+    gfn = AT + 1 if state == "not aligned" else AT
+
+    result = outcome(page, lambda: SIZED_OPS[op](page, gfn, nr))
+
+    assert result.status == SIZED_EXPECTED[op, nr][("absent", "np", "np_block", "not aligned").index(state)]
+    page.hyp.check_legal()
+
+
+# ---- what each transition leaves ----------------------------------------------------------------------------------
+
+AFTER: dict[str, tuple[str, int, int]] = {
+    # from which state, then the frame's byte (host in bits 1:0, hyp in 5:4), and the guest's leaf
+    "host_share_hyp":     ("plain",       0x11, 0),
+    "host_unshare_hyp":   ("hyp_shared",  0x00, 0),
+    "hyp_pin":            ("hyp_shared",  0x11, 0),
+    "host_donate_hyp":    ("plain",       0x33, 0),
+    "hyp_donate_host":    ("hyp",         0x00, 0),
+    "host_share_ffa":     ("plain",       0x01, 0),
+    "host_unshare_ffa":   ("ffa",         0x00, 0),
+    "host_donate_guest":  ("plain",       0x03, 2),
+    "host_share_guest":   ("plain",       0x01, 16 | 8 | 7),
+    "host_unshare_guest": ("np",          0x00, 0),
+    "guest_share_host":   ("private",     0x02, 3),
+    "guest_unshare_host": ("shared_back", 0x03, 2),
+    "host_reclaim_guest": ("private",     0x00, 0),
+    "reclaim, if shared": ("shared_back", 0x00, 0),
+    "host_force_reclaim": ("private",     0x00, 1),
+    "mkyoung":            ("np",          0x01, 16 | 8 | 7),
+    "wrprotect":          ("np",          0x01, 16 | 8 | 5),
+    "test_clear_young":   ("np",          0x01, 16 | 7),
+    "relax_perms":        ("np",          0x01, 16 | 8 | 7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_what_each_transition_leaves(make_rig: Any, name: str) -> None:
+    state, byte, leaf = AFTER[name]
+    page = Page(make_rig(), state)
+    op, gfn = name, GFN
+    if name == "reclaim, if shared":
+        op = "host_reclaim_guest"
+
+    if op in GUEST_OPS and op not in FRAME_OPS:
+        assert GUEST_OPS[op](page, GFN).ok
+    else:
+        assert FRAME_OPS[op](page).ok
+        gfn = FREE_GFN if op in ("host_donate_guest", "host_share_guest") else GFN
+
+    assert page.hyp.frame[PFN] & 0x33 == byte
+    vm = page.rig.vm(page.np if state == "np" or op == "host_share_guest" else page.pvm)
+    words = vm.stage2.pages
+    assert (int(words[gfn]) & 31 if gfn < len(words) else 0) == leaf
+    page.hyp.check_legal()

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cvmcore.effects import Steps
+from cvmcore.effects import Steps, drain
+from cvmcore.errors import InvariantViolation
 from cvmcore.pages import run
 from cvmcore_pkvm.errors import Errno, Smccc
-from cvmcore_pkvm.hw import Prot, Worked
+from cvmcore_pkvm.hw import Prot, SpinLock, Worked, in_order
 
 
 @pytest.fixture
@@ -227,21 +228,80 @@ def test_ranks_never_fall(rig: Any, pvm: int) -> None:
         assert not held
 
 
-@pytest.mark.parametrize(("design", "names"), [
-    ("global", ["host_mmu.lock"]),
-    ("vm", ["host_mmu.lock[0x1000]"]),
-    ("range", ["host_mmu.lock[0]"]),
+@pytest.mark.parametrize(("design", "moves", "converts"), [
+    ("global", ["host_mmu.lock", "vm[0x1000].lock"], ["host_mmu.lock", "vm[0x1000].lock"]),
+    ("per-vm", ["host_mmu.lock", "host_mmu.lock[0x1000]", "vm[0x1000].lock"],
+               ["host_mmu.lock[0x1000]", "vm[0x1000].lock"]),
+    ("per-range", ["host_mmu.lock[1]", "host_mmu.lock[2]", "vm[0x1000].lock[0]", "vm[0x1000].lock[1]"],
+                  ["host_mmu.lock[1]", "host_mmu.lock[2]", "vm[0x1000].lock[0]", "vm[0x1000].lock[1]"]),
 ])  # fmt: skip
-def test_lock_designs(make_rig: Any, design: str, names: list[str]) -> None:
-    """What stands for host_mmu.lock in the what-if designs."""
-    rig = make_rig(host_lock=design)
+def test_lock_designs(make_rig: Any, design: str, moves: list[str], converts: list[str]) -> None:
+    """What moves frames between host and guest takes the host's locks; what converts a VM's own, less where it may."""
+    rig = make_rig(hyp_lock=design)
     pvm = rig.make_vm(protected=True)
     hyp, cpu = rig.hyp, rig.cpu(pvm)
 
-    for steps in (
-        hyp.host_donate_guest.steps(cpu, run(5, 3), run(0, 3)),
-        hyp.guest_share_host.steps(cpu, run(0, 3)),
-        hyp.guest_unshare_host.steps(cpu, run(1, 20)),
-    ):
-        taken = [effect.lock.name for effect in steps if effect.kind == "write"]
-        assert [name for name in taken if name.startswith("host_mmu")] == names
+    def taken(steps: Steps[Any]) -> list[str]:
+        return [e.lock.name for e in steps if e.kind == "write" and e.lock.name not in ("pkvm_pgd_lock",)]
+
+    pfns, gfns = run(1020, 8), run(508, 8)
+    assert [name for name in taken(hyp.host_donate_guest.steps(cpu, pfns, gfns)) if "pool" not in name] == moves
+    assert taken(hyp.guest_share_host.steps(cpu, gfns)) == converts
+    assert taken(hyp.guest_unshare_host.steps(cpu, gfns)) == converts
+    assert taken(hyp.host_force_reclaim.steps(run(1023, 2))) == ["vm_table_lock", *moves]
+    rig.kill(pvm)
+    assert [name for name in taken(hyp.host_reclaim_guest.steps(pvm, run(508, 8))) if "pool" not in name] == moves
+    hyp.check_legal()
+
+
+@pytest.mark.parametrize("design", ["global", "per-vm", "per-range"])
+def test_two_vms_force_reclaimed_at_once(make_rig: Any, design: str) -> None:
+    """Locks of several VMs are taken by handle, whatever the order of the frames."""
+    rig = make_rig(hyp_lock=design)
+    vms = [rig.make_vm(protected=True) for _ in range(2)]
+    for pfn, vm in ((101, vms[0]), (100, vms[1])):
+        assert rig.hyp.host_donate_guest(rig.cpu(vm), run(pfn, 1), run(0, 1)).ok
+
+    names = [e.lock.name for e in rig.hyp.host_force_reclaim.steps(run(100, 2)) if e.kind == "write"]
+
+    suffix = "[0]" if design == "per-range" else ""
+    assert names[-2:] == [f"vm[0x1000].lock{suffix}", f"vm[0x1001].lock{suffix}"]
+
+
+def test_locks_out_of_order_are_found() -> None:
+    """The order is checked while operations run, also where EL2 is used alone."""
+    outer, inner, other = (SpinLock(name, rank) for name, rank in (("outer", 1), ("inner", 2), ("other", 2)))
+
+    def take(*locks: SpinLock, keep: bool = False) -> Steps[None]:
+        for lock in locks:
+            yield lock.write
+        for lock in () if keep else locks:
+            yield lock.release
+
+    drain(in_order(take(outer, inner)))
+    with pytest.raises(InvariantViolation, match="takes outer under inner"):
+        drain(in_order(take(inner, outer)))
+    with pytest.raises(InvariantViolation, match="takes other under inner"):
+        drain(in_order(take(inner, other)))
+    with pytest.raises(InvariantViolation, match="returned with outer held"):
+        drain(in_order(take(outer, keep=True)))
+
+
+def test_frames_may_move_until_the_locks_are_held(make_rig: Any) -> None:
+    """Per range, a guest's page names its frame's lock: if the frame goes while it waits, it takes the right ones."""
+    rig = make_rig(hyp_lock="per-range")
+    pvm = rig.make_vm(protected=True)
+    hyp, cpu = rig.hyp, rig.cpu(pvm)
+    assert hyp.host_donate_guest(cpu, run(512, 1), run(0, 1)).ok
+    steps = hyp.guest_share_host.steps(cpu, run(0, 1))
+
+    names = [next(steps).name]
+    assert hyp.host_force_reclaim(run(512, 1)).ok
+    assert hyp.host_reclaim_guest(pvm, run(0, 1)).status == Errno.EINVAL
+    names += [effect.name for effect in steps]
+
+    assert names == [
+        "write host_mmu.lock[1]", "write vm[0x1000].lock[0]", "release vm[0x1000].lock[0]", "release host_mmu.lock[1]",
+        "write vm[0x1000].lock[0]", "release vm[0x1000].lock[0]",
+    ]  # fmt: skip
+    hyp.check_legal()

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cvmcore.backend import parse_options
 from cvmcore.cost import COMMON, COMMON_PROFILE, load_profile
-from cvmcore.errors import HardwareError, UapiError
+from cvmcore.errors import HardwareError, InputError, UapiError
 from cvmcore.hookspecs import HOOKS
 from cvmcore.pages import array_of, count, part, run, sort_unique
 from cvmcore.types import Change, Done, Exit, Fatal, HostMode, HostVerdict, Refault, Retry
@@ -59,6 +60,12 @@ def test_capabilities(make_core: Any) -> None:
     assert not (protected.honours_notifiers or protected.dirty_logging or protected.prefault or protected.gmem_backed)
     assert (protected.max_private_level, plain.max_shared_level) == (1, 2)
     assert plain.honours_notifiers and not plain.needs_pin
+
+
+@pytest.mark.parametrize("pages", ["0", "513", "-1"])
+def test_a_call_covers_at_most_a_table(pages: str) -> None:
+    with pytest.raises(InputError, match=f"batch: a call covers 1 to 512 pages, not {pages}"):
+        parse_options(PKVM.options, {"batch": pages}, "backend pkvm")
 
 
 # ---- first touch --------------------------------------------------------------------------------------------------

@@ -935,9 +935,9 @@ class TdxModule:
                 reached_all = _all_tables(around)
             else:
                 reached_all = len(around) <= 4 * len(gfns) and _all_tables(around)
-                reached_all = reached_all or _all_tables(parents[gfns >> order])
+                reached_all = reached_all or _all_tables(parents.take(gfns >> order))
             if reached_all:
-                return td.table(level, reach)[index], level
+                return take(td.table(level, reach), index), level
         unique = blocks(gfns, order)
         words, levels = self._entries(td, heads(unique, order), unique, last_gfn, level + 1)
         reached = ((words & _STATE) == _TABLE) & (np.asarray(levels) == level + 1)

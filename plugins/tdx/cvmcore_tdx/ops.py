@@ -711,25 +711,24 @@ class Tdx:
         meter, n = vm.host.meter, count(gfns)
         name, item = "TDG.MEM.PAGE.ACCEPT", "accept_4k" if level == PG_LEVEL_4K else "accept_2m"
 
-        def outcomes(accepted: Accepted) -> list[int]:
+        def how_many(accepted: Accepted, outcome: Accept) -> int:
             if isinstance(accepted.outcome, int):
-                return [n if outcome == accepted.outcome else 0 for outcome in Accept]
-            counts: list[int] = np.bincount(accepted.outcome, minlength=len(Accept)).tolist()
-            return counts
+                return n if accepted.outcome == outcome else 0
+            return int(np.count_nonzero(accepted.outcome == outcome))
 
         while True:
             yield state.inside.read
             steps = vm.host.hw.tdg_mem_page_accept.steps(state.tdr, level - 1, gfns)
             accepted: Accepted = yield from seamcall(
-                meter, name, item, steps, n, made=lambda accepted: outcomes(accepted)[Accept.ACCEPTED]
+                meter, name, item, steps, n, made=lambda accepted: how_many(accepted, Accept.ACCEPTED)
             )
             yield state.inside.release
-            found = outcomes(accepted)
-            if found[Accept.BUSY] < n:
+            if how_many(accepted, Accept.BUSY) < n:
                 break
             meter.op(name, "tdcall")
             yield RETRY
-        meter.op(name, "tdcall", sum(found[outcome] for outcome in (Accept.ALREADY_ACCEPTED, Accept.SIZE_MISMATCH)))
+        for outcome in (Accept.ALREADY_ACCEPTED, Accept.SIZE_MISMATCH):
+            meter.op(name, "tdcall", how_many(accepted, outcome))
         if isinstance(accepted.outcome, int):
             return Access(_ACCEPT_WALK.item(accepted.outcome), accepted.pfns)
         return Access(_ACCEPT_WALK.take(accepted.outcome), accepted.pfns)

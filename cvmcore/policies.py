@@ -1,0 +1,12 @@
+"""Choices of the core itself, for studies that compare its designs: `-p NAME=VALUE`, or `Host(policies=...)`.
+
+The default of each is what the kernel does. A backend does not see them.
+"""
+
+from __future__ import annotations
+
+from cvmcore.backend import Option
+
+POLICIES: tuple[Option, ...] = (
+    Option("mmu_lock", "rw", "what guards a VM's tables: one rwlock, or one for each GiB of gfns", ("rw", "sharded")),
+)
