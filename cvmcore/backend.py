@@ -63,3 +63,5 @@ class Backend:
     profile: Path
     charges: frozenset[str] = frozenset()
     options: tuple[Option, ...] = ()
+    kvm_type: int | None = None
+    """The number that KVM_CREATE_VM has for the VM type, where it has one (KVM_VM_TYPE_*)."""

@@ -553,7 +553,8 @@ def hw(
     """Drive trusted hardware by itself: one operation a line, one answer a line."""
     import json
 
-    from cvmcore.hwscript import described, load_hardware, play
+    from cvmcore.hwscript import load_hardware
+    from cvmcore.script import described, play
 
     operations = load_hardware(name)
     if script is None:
@@ -562,6 +563,39 @@ def hw(
     with _reading(script) as lines:
         for answer in play(operations, lines, "standard input" if script == "-" else script):
             typer.echo(json.dumps(answer))
+
+
+@app.command()
+def uapi(
+    script: Annotated[
+        str | None, typer.Argument(metavar="[SCRIPT]", help="JSON lines; - is standard input; without: what there is.")
+    ] = None,
+    backend: Annotated[str, typer.Option("--backend", metavar="NAME", help="See `cvm backends`.")] = "default",
+    option: BackendOptions = [],  # noqa: B006
+    policy: Policies = [],  # noqa: B006
+    backing: Backing = "4k",
+    kernel: Kernel = "6.18",
+    state: Annotated[
+        bool, typer.Option("--state", help="Behind each call, what stands in the guest_memfd files.")
+    ] = False,
+) -> None:
+    """Do what a VMM and its guest do, one call a line, one answer a line (docs/live.md)."""
+    import json
+
+    from cvmcore.modelfront import model_front
+    from cvmcore.script import described
+    from cvmcore.uapiscript import Script
+
+    options, policies = parse_pairs(option, "-o"), parse_pairs(policy, "-p")
+    front = model_front(backend, kernel=kernel, backing=backing, options=options, policies=policies)
+    play = Script(front)
+    if script is None:
+        say(_table(("operation", "arguments", "what it does"), described(play.operations)))
+        return
+    with _reading(script) as lines:
+        for answer in play.play(lines, "standard input" if script == "-" else script):
+            typer.echo(json.dumps(answer | {"state": play.state()} if state else answer))
+    front.close()
 
 
 def _reading(path: str) -> AbstractContextManager[Iterable[str]]:

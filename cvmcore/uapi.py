@@ -50,6 +50,7 @@ from cvmcore.vm import Vm
 
 NR_MEMSLOTS = 32764
 MAX_NR_PAGES = (1 << 31) - 1
+MAX_VCPU_IDS = 4096
 MAX_GFN = 1 << 36
 """First gfn that no memslot may reach (guest physical addresses of 48 bits)."""
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
@@ -144,6 +145,8 @@ class Process:
         self.mm = Mm(host)
         self.files: dict[int, GmemFile] = {}
         self.vms: list[VmFd] = []
+        self.other_fds: set[int] = set()
+        """Descriptors that are open, but no guest_memfd's (`new_fd`)."""
         self._next_fd = 3
 
     @property
@@ -160,18 +163,22 @@ class Process:
 
     def mmap_gmem(self, fd: int, offset: int, size_bytes: int, shared: bool = True) -> int:
         """Map a guest_memfd. ENODEV without FLAG_MMAP, EINVAL unless MAP_SHARED or where misaligned."""
+        if offset & PAGE_MASK:
+            raise UapiError(errno.EINVAL, "mmap", "the offset must be a whole page")
         file = self._file(fd, "mmap")
+        if size_bytes <= 0:
+            raise UapiError(errno.EINVAL, "mmap", "the length is 0")
         if not file.inode.flags & GUEST_MEMFD_FLAG_MMAP:
             raise UapiError(errno.ENODEV, "mmap", "the guest_memfd was made without GUEST_MEMFD_FLAG_MMAP")
-        if not shared or offset & PAGE_MASK or size_bytes <= 0:
-            raise UapiError(errno.EINVAL, "mmap", "guest_memfd is mapped MAP_SHARED, at whole pages")
+        if not shared:
+            raise UapiError(errno.EINVAL, "mmap", "guest_memfd is mapped MAP_SHARED")
         file.refs += 1
         return self.mm.map(-(-size_bytes // PAGE_BYTES), PG_LEVEL_4K, file, offset // PAGE_BYTES)
 
     @operation
     @_call("munmap")
     def munmap(self, hva: int, size_bytes: int) -> Steps[None]:
-        """Unmap a whole mapping."""
+        """munmap(2): what is mapped in the range goes."""
         yield from self.mm.unmap(hva, size_bytes)
 
     @operation
@@ -179,6 +186,16 @@ class Process:
     def madvise_dontneed(self, hva: int, size_bytes: int) -> Steps[None]:
         """madvise(MADV_DONTNEED): notifiers, then the pages are freed; the next touch finds zeros."""
         yield from self.mm.take_away(hva, size_bytes)
+
+    def mlock(self, hva: int, size_bytes: int) -> None:
+        """mlock(2) by a process without a limit: the pages are faulted in, and madvise_dontneed refuses them."""
+        self.mm.lock(hva, size_bytes)
+
+    def touchable(self, hva: int, n: int) -> Iterator[tuple[int, int]]:
+        """(hva, pages) of the parts of an access of n pages, each in one mapping, up to the first page that would end
+        in SIGSEGV or SIGBUS."""
+        for low, stop in self.mm.touchable(hva >> 12, n):
+            yield low << 12, stop - low
 
     @operation
     @_call("migrate_pages")
@@ -215,11 +232,6 @@ class Process:
         return drain(ops.told(name, steps(), gfns=gfns, n=n))
 
     def _touch(self, hva: int, n: int, call: str) -> Sel:
-        mapping = self.mm.find(hva >> 12)
-        if mapping is not None and mapping.gmem is not None:
-            end = mapping.pgoff + (hva >> 12) - mapping.start + n
-            if end > mapping.gmem.inode.npages or not mapping.gmem.inode.init_shared:
-                raise UapiError(errno.EFAULT, call, "SIGBUS: beyond the file, or its memory is not shared")
         pfns = self.mm.gup(slice(hva >> 12, (hva >> 12) + n, 1), call)
         if self.host.ops.detailed:
             self._found({"hva": hva, "size_bytes": n * PAGE_BYTES}, pfns)
@@ -243,6 +255,12 @@ class Process:
         """A new descriptor for an open file."""
         fd, self._next_fd = self._next_fd, self._next_fd + 1
         self.files[fd] = file
+        return fd
+
+    def new_fd(self) -> int:
+        """A new descriptor for something that is no guest_memfd, where a front gives numbers to VMs and vCPUs."""
+        fd, self._next_fd = self._next_fd, self._next_fd + 1
+        self.other_fds.add(fd)
         return fd
 
     def dup(self, fd: int) -> int:
@@ -358,10 +376,12 @@ class VmFd:
     @operation
     @_call("KVM_CREATE_VCPU")
     def create_vcpu(self, vcpu_id: int | None = None) -> Steps[VcpuFd]:
-        """KVM_CREATE_VCPU. EEXIST for an id in use."""
+        """KVM_CREATE_VCPU. EEXIST for an id in use, EINVAL for one above what the host can have."""
         self._alive("KVM_CREATE_VCPU")
         vm = self.vm
         number = len(vm.vcpus) if vcpu_id is None else vcpu_id
+        if not 0 <= number < MAX_VCPU_IDS:
+            raise UapiError(errno.EINVAL, "KVM_CREATE_VCPU", f"a vCPU's id is below {MAX_VCPU_IDS}")
         if any(v.id == number for v in vm.vcpus):
             raise UapiError(errno.EEXIST, "KVM_CREATE_VCPU", f"vCPU {number} exists")
         yield vm.lock.write
@@ -480,6 +500,8 @@ class VmFd:
     def _bind(self, new: Memslot, fd: int, offset: int, call: str) -> None:
         """kvm_gmem_bind: checks only; the binding itself is made with the slot."""
         file = self.process.files.get(fd)
+        if fd in self.process.other_fds:
+            raise UapiError(errno.EINVAL, call, f"descriptor {fd} is not a guest_memfd's")
         if file is None:
             raise UapiError(errno.EBADF, call, f"descriptor {fd} is not open")
         if file.vm is not self.vm:

@@ -12,7 +12,7 @@ import pytest
 from cvmcore import plugins
 from cvmcore.cli import main
 from cvmcore.errors import InputError
-from cvmcore.hwscript import play
+from cvmcore.script import play
 
 
 def machine() -> Mapping[str, Callable[..., Mapping[str, Any]]]:

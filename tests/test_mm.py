@@ -219,7 +219,7 @@ def test_dontneed_of_a_pinned_page(host: Host, mm: Mm) -> None:
     ("offset", "size", "error"),
     [
         (1, PAGE, errno.EINVAL),
-        (0, 0, errno.EINVAL),
+        (0, -1, errno.EINVAL),
         (16 * PAGE, PAGE, errno.ENOMEM),
         (15 * PAGE, 2 * PAGE, errno.ENOMEM),
     ],
@@ -261,16 +261,51 @@ def test_migration_moves_plain_content(host: Host, mm: Mm) -> None:
     assert host.meter.counts["host_copy_4k"] == 3
 
 
-def test_unmap_takes_whole_mappings(host: Host, mm: Mm) -> None:
+def test_unmap_cuts_mappings(host: Host, mm: Mm) -> None:
+    """What is mapped in the range goes, holes are fine, the rest keeps its pages."""
     hva = mm.map(16)
-    gup(mm, hva, slice(0, 4, 1))
+    frames = gup(mm, hva, slice(0, 16, 1))
 
-    assert fails(mm.unmap(hva, 8 * PAGE)) == errno.EINVAL
-    assert fails(mm.unmap(hva + PAGE, 15 * PAGE)) == errno.EINVAL
+    drain(mm.unmap(hva + 4 * PAGE, 8 * PAGE))
+    drain(mm.unmap(hva + 3 * PAGE, 2 * PAGE))
+
+    assert [(m.start - (hva >> 12), m.npages) for m in mm.mappings] == [(0, 3), (12, 4)]
+    assert (gup(mm, hva, slice(0, 3, 1)), gup(mm, hva, slice(12, 16, 1))) == (frames[:3], frames[12:])
+    assert (host.frames.in_use, fails(mm.unmap(hva + 1, PAGE)), fails(mm.unmap(hva, 0))) == (7, 22, 22)
+    drain(mm.unmap(hva, 16 * PAGE))
+    assert (mm.mappings, host.frames.in_use) == ([], 0)
     drain(mm.unmap(hva, 16 * PAGE))
 
-    assert (mm.mappings, host.frames.in_use) == ([], 0)
-    assert fails(mm.unmap(hva, 16 * PAGE)) == errno.ENOMEM
+
+def test_unmap_within_a_large_page() -> None:
+    """The cut page becomes small, its neighbours stay large."""
+    host = Host(DEFAULT, PROFILE, nr_frames=4096, backing="2m")
+    mm = Mm(host)
+    hva = mm.map(3 * 512, PG_LEVEL_2M)
+    gup(mm, hva, slice(0, 3 * 512, 1))
+
+    drain(mm.unmap(hva + 600 * PAGE, 10 * PAGE))
+
+    found = [(m.start - (hva >> 12), m.npages, m.backing_level) for m in mm.mappings]
+    assert found == [(0, 600, PG_LEVEL_2M), (610, 414, PG_LEVEL_4K), (1024, 512, PG_LEVEL_2M)]
+    levels = [mm.resident_level((hva >> 12) + page) for page in (511, 512, 599, 610, 1023, 1024)]
+    assert levels == [PG_LEVEL_2M, *[PG_LEVEL_4K] * 4, PG_LEVEL_2M]
+    assert host.frames.in_use == 3 * 512 - 10
+
+
+def test_advice_over_holes_is_taken_where_there_is_memory(host: Host, mm: Mm) -> None:
+    """madvise goes on behind a hole and says ENOMEM; it stops at what is locked."""
+    hva = mm.map(8)
+    gup(mm, hva, slice(0, 8, 1))
+    drain(mm.unmap(hva + 2 * PAGE, 2 * PAGE))
+
+    assert fails(mm.take_away(hva + PAGE, 4 * PAGE)) == errno.ENOMEM
+    assert host.frames.in_use == 4
+    mm.lock(hva + 6 * PAGE, PAGE)
+    assert fails(mm.take_away(hva + 4 * PAGE, 4 * PAGE)) == errno.EINVAL
+    assert host.frames.in_use == 3
+    with pytest.raises(UapiError, match="ENOMEM"):
+        mm.lock(hva, 8 * PAGE)
 
 
 # ---- through the process --------------------------------------------------------------------------------------------

@@ -31,4 +31,5 @@ DEFAULT = Backend(
     api_version=API_VERSION,
     make=Default,
     profile=Path(__file__).with_name("default.toml"),
+    kvm_type=0,
 )

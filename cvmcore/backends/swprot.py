@@ -29,4 +29,5 @@ SWPROT = Backend(
     api_version=API_VERSION,
     make=SwProt,
     profile=Path(__file__).with_name("swprot.toml"),
+    kvm_type=1,
 )

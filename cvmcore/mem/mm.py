@@ -75,6 +75,21 @@ class Mapping:
     words: Words
     gmem: GmemFile | None = None
     pgoff: int = 0
+    locked: bool = False
+    """mlock(2): the pages are not given back on advice."""
+
+    @property
+    def end(self) -> int:
+        return self.start + self.npages
+
+    @property
+    def usable_end(self) -> int:
+        """Behind the last page that can be touched: a guest_memfd may be shorter than its mapping, or not shared."""
+        if self.gmem is None:
+            return self.end
+        return min(self.end, self.start + max(0, self.gmem.inode.npages - self.pgoff)) if (
+            self.gmem.inode.init_shared
+        ) else self.start
 
 
 class Mm:
@@ -137,6 +152,8 @@ class Mm:
             raise UapiError(errno.EFAULT, call, f"hva {first(hva_pages) << PAGE_SHIFT:#x} is not mapped")
         index = shift(hva_pages, -mapping.start)
         if mapping.gmem is not None:
+            if last(hva_pages) >= mapping.usable_end:
+                raise UapiError(errno.EFAULT, call, "SIGBUS: beyond the file, or its memory is not shared")
             return mapping.gmem.inode.populate(shift(index, mapping.pgoff))
         words = take(mapping.words, index)
         if all_zero(words):
@@ -194,24 +211,33 @@ class Mm:
     def take_away(self, hva: int, size_bytes: int) -> Steps[None]:
         """madvise(MADV_DONTNEED): pages are zapped, then freed; pinned frames live on without an owner.
 
-        Raises UapiError(EINVAL) where hva is not page aligned, ENOMEM where the range is not mapped.
+        Mapping by mapping, as the kernel does: what is mapped goes, then UapiError(ENOMEM) where there were holes.
+        EINVAL where hva is not page aligned, and at the first mapping that is locked.
         """
-        mapping, start, n = self._range("madvise", hva, size_bytes)
-
-        def drop() -> Steps[None]:
-            if mapping.gmem is None:
-                index = slice(start - mapping.start, start - mapping.start + n, 1)
-                words = mapping.words[index]
-                if np.count_nonzero(words):
-                    used = where(index, words != 0)
-                    self.host.frames.free(frames_of(take(mapping.words, used)))
-                    self._break_huge(mapping, used)
-                    mapping.words[used] = 0
-                    self.seq += 1
+        start, n = self._pages("madvise", hva, size_bytes)
+        if n == 0:
             return
-            yield
+        there = 0
+        for mapping, pages in list(self.ranges(start, n)):
+            if mapping.locked:
+                raise UapiError(errno.EINVAL, "madvise", f"hva {first(pages) << PAGE_SHIFT:#x} is locked")
+            there += count(pages)
+            yield from self._notify(first(pages), count(pages), self._drop(mapping, shift(pages, -mapping.start)))
+        if there < n:
+            raise UapiError(errno.ENOMEM, "madvise", f"hva {hva:#x} is not wholly mapped")
 
-        yield from self._notify(start, n, drop())
+    def _drop(self, mapping: Mapping, index: Sel) -> Steps[None]:
+        """The frames behind pages of a mapping are freed; those of a guest_memfd stay in it."""
+        if mapping.gmem is None:
+            words = take(mapping.words, index)
+            if np.count_nonzero(words):
+                used = where(index, words != 0)
+                self.host.frames.free(frames_of(take(mapping.words, used)))
+                self._break_huge(mapping, used)
+                mapping.words[used] = 0
+                self.seq += 1
+        return
+        yield
 
     def migrate(self, hva: int, size_bytes: int) -> Steps[int]:
         """The host compacts: each present page that is not pinned moves to another frame, as long as there are free
@@ -247,15 +273,85 @@ class Mm:
         return moved
 
     def unmap(self, hva: int, size_bytes: int) -> Steps[None]:
-        """munmap of a whole mapping. Raises UapiError(EINVAL) where the range is not one."""
-        mapping, start, n = self._range("munmap", hva, size_bytes)
-        if start != mapping.start or n != mapping.npages:
-            raise UapiError(errno.EINVAL, "munmap", "only whole mappings are unmapped here")
-        yield from self.take_away(hva, size_bytes)
-        self.mappings.remove(mapping)
+        """munmap: whatever is mapped in the range goes, mappings are cut at its ends.
+
+        UapiError(EINVAL) where hva is not page aligned or the range is empty.
+        """
+        start, n = self._pages("munmap", hva, size_bytes)
+        if n == 0:
+            raise UapiError(errno.EINVAL, "munmap", "the range is empty")
+        self._cut(start)
+        self._cut(start + n)
+        gone = [mapping for mapping, _ in self.ranges(start, n)]
+        if not gone:
+            return
+
+        def drop() -> Steps[None]:
+            for mapping in gone:
+                yield from self._drop(mapping, slice(0, mapping.npages, 1))
+
+        yield from self._notify(start, n, drop())
+        self.mappings = [mapping for mapping in self.mappings if mapping not in gone]
         self.seq += 1
+        for mapping in gone:
+            if mapping.gmem is not None:
+                yield from mapping.gmem.put()
+
+    def _cut(self, at: int) -> None:
+        """Make a mapping begin at this hva page, if it lies inside one. A large page that is cut becomes small."""
+        mapping = self.find(at)
+        if mapping is None or mapping.start == at:
+            return
+        head = at - mapping.start
+        if at & 511 and mapping.backing_level >= PG_LEVEL_2M:
+            self._break_huge(mapping, slice(head, head + 1, 1))
+            self._cut((at | 511) + 1)
+        tail = attrs.evolve(
+            mapping, start=at, npages=mapping.npages - head, words=mapping.words[head:], pgoff=mapping.pgoff + head,
+            backing_level=PG_LEVEL_4K if at & 511 else mapping.backing_level,
+        )  # fmt: skip
+        mapping.npages, mapping.words = head, mapping.words[:head]
         if mapping.gmem is not None:
-            yield from mapping.gmem.put()
+            mapping.gmem.refs += 1
+        self.mappings.insert(self.mappings.index(mapping) + 1, tail)
+
+    def lock(self, hva: int, size_bytes: int) -> None:
+        """mlock, without a limit: the pages are faulted in and stay.
+
+        Raises UapiError: ENOMEM for a hole (what is before it is locked, not faulted in) or a page that cannot be
+        touched, EAGAIN where the host is full.
+        """
+        start, n = self._pages("mlock", hva & ~4095, size_bytes + (hva & 4095))
+        self._cut(start)
+        self._cut(start + n)
+        at = start
+        for mapping, pages in self.ranges(start, n):
+            if first(pages) > at:
+                break
+            mapping.locked = True
+            at = mapping.end
+        if at < start + n:
+            raise UapiError(errno.ENOMEM, "mlock", f"hva {at << PAGE_SHIFT:#x} is not mapped")
+        for low, stop in self.touchable(start, n):
+            try:
+                self.gup(slice(low, stop, 1), "mlock")
+            except UapiError as error:
+                full = error.errno == errno.ENOMEM
+                raise UapiError(errno.EAGAIN if full else errno.ENOMEM, "mlock", error.why) from None
+            at = stop
+        if n and at < start + n:
+            raise UapiError(errno.ENOMEM, "mlock", f"hva {at << PAGE_SHIFT:#x} cannot be touched")
+
+    def touchable(self, start: int, n: int) -> Iterator[tuple[int, int]]:
+        """Hva pages [low, stop) of one mapping each, in order, up to the first that cannot be touched."""
+        at = start
+        while at < start + n:
+            mapping = self.find(at)
+            stop = min(mapping.usable_end, start + n) if mapping is not None else at
+            if stop <= at:
+                return
+            yield at, stop
+            at = stop
 
     def teardown(self) -> Steps[None]:
         """The address space goes away (exit_mmap): notifiers drop all they mirror and hear no more, then all memory is
@@ -271,6 +367,13 @@ class Mm:
         for notifier in self.notifiers:
             work = notifier.unmap_hva_range(start, n, work)
         yield from work
+
+    @staticmethod
+    def _pages(call: str, hva: int, size_bytes: int) -> tuple[int, int]:
+        """(first hva page, pages) of a range. UapiError(EINVAL) where it cannot be one."""
+        if hva & 4095 or hva < 0 or size_bytes < 0 or hva + size_bytes > TASK_SIZE:
+            raise UapiError(errno.EINVAL, call, "hva must be a whole page, and the range one of user space")
+        return hva >> PAGE_SHIFT, -(-size_bytes // 4096)
 
     def _range(self, call: str, hva: int, size_bytes: int) -> tuple[Mapping, int, int]:
         if hva & 4095 or size_bytes <= 0:

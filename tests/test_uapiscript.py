@@ -1,0 +1,233 @@
+"""UAPI scripts: names, numbers, errors with their line, and what the model answers."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cvmcore.cli import main
+from cvmcore.errors import InputError
+from cvmcore.modelfront import ModelFront, model_front
+from cvmcore.uapiscript import Script, number, runs_of
+
+PRIVATE_SLOT = [
+    {"op": "create_vm"},
+    {"op": "create_guest_memfd", "size": "64K", "name": "f"},
+    {"op": "mmap", "size": "64K", "name": "m"},
+    {"op": "set_user_memory_region2", "slot": 0, "gpa": 0, "size": "64K", "hva": "m", "flags": 4, "fd": "f"},
+    {"op": "create_vcpu"},
+]
+SHARED_SLOT = [
+    {"op": "create_vm"},
+    {"op": "create_guest_memfd", "size": "64K", "flags": 3, "name": "f"},
+    {"op": "mmap", "size": "64K", "fd": "f", "name": "m"},
+    {"op": "set_user_memory_region2", "slot": 0, "gpa": 0, "size": "64K", "hva": "m", "flags": 4, "fd": "f"},
+    {"op": "create_vcpu"},
+]
+
+
+def played(lines: list[dict[str, Any]], backend: str = "default", **how: Any) -> tuple[list[dict[str, Any]], Script]:
+    """Answers without line and op, and the script as it stands."""
+    script = Script(model_front(backend, **how))
+    found = list(script.play(map(json.dumps, lines), "here"))
+    return [{k: v for k, v in answer.items() if k not in ("line", "op", "why")} for answer in found], script
+
+
+def only(*lines: dict[str, Any], after: list[dict[str, Any]], backend: str = "default") -> list[dict[str, Any]]:
+    """Answers to the lines behind a beginning that works."""
+    found, _ = played([*after, *lines], backend)
+    assert all(answer["status"] == "OK" for answer in found[: len(after)]), found
+    return found[len(after) :]
+
+
+def test_guest_and_host_see_one_file() -> None:
+    found, script = played([
+        *SHARED_SLOT,
+        {"op": "guest_write", "gpa": "0x1000", "pages": 2, "stamp": 7},
+        {"op": "host_read", "addr": "m", "pages": 4},
+        {"op": "guest_read", "gpa": "60K", "pages": 2},
+        {"op": "fallocate", "fd": "f", "mode": 3, "offset": "4K", "size": "4K"},
+        {"op": "cachestat", "fd": "f"},
+    ])  # fmt: skip
+
+    assert found[5:] == [
+        {"status": "OK", "done": 2},
+        {"status": "OK", "done": 4, "seen": [[0, 1], [7, 2], [0, 1]]},
+        {"status": "OK", "done": 1, "seen": [[0, 1]], "exit": {"reason": "MMIO", "gpa": 0x10000, "write": False}},
+        {"status": "OK"},
+        {"status": "OK", "allocated": 4},
+    ]
+    assert script.state() == {"f": {"allocated": 4, "pages": [[0, 1], [2, 2], [15, 1]], "content": [[2, 1, 7]]}}
+
+
+def test_private_by_attribute() -> None:
+    """A mismatch cannot come from the guest of such a VM, and an access through an alias can."""
+    found = only(
+        {"op": "set_memory_attributes", "gpa": 0, "size": "16K", "attributes": 8},
+        {"op": "guest_write", "stamp": 5, "pages": 2},
+        {"op": "guest_read", "gpa": "8K", "private": False},
+        {"op": "pre_fault_memory", "gpa": 0, "size": "8K"},
+        {"op": "guest_convert", "private": False, "gpa": 0, "pages": 2},
+        {"op": "set_memory_attributes", "gpa": 0, "size": "8K", "attributes": 0},
+        {"op": "guest_read", "gfns": [0, 1]},
+        after=PRIVATE_SLOT, backend="swprot",
+    )  # fmt: skip
+
+    assert found == [
+        {"status": "OK"},
+        {"status": "OK", "done": 2},
+        {"status": "EFAULT", "done": 0, "seen": [],
+         "exit": {"reason": "MEMORY_FAULT", "gpa": 0x2000, "size": 4096, "flags": 0}},
+        {"status": "OK", "gpa": 0x2000, "size": 0},
+        {"status": "OK", "done": 2, "exit": {"reason": "MAP_GPA_RANGE", "gpa": 0, "pages": 2, "private": False}},
+        {"status": "OK"},
+        {"status": "OK", "done": 2, "seen": [[0, 2]]},
+    ]  # fmt: skip
+
+
+def test_errno_is_the_kernels() -> None:
+    found = only(
+        {"op": "create_guest_memfd", "size": 5, "name": "g"},
+        {"op": "fallocate", "fd": "g", "size": "4K"},
+        {"op": "create_vcpu", "name": "other"},
+        {"op": "create_vcpu", "id": 4096, "name": "other"},
+        {"op": "fallocate", "fd": "f", "offset": "60K", "size": "8K"},
+        {"op": "read", "fd": "f"},
+        {"op": "lseek", "fd": "f"},
+        {"op": "ftruncate", "fd": "f", "size": 0},
+        {"op": "mmap", "size": "4K", "fd": "f", "name": "p", "shared": False},
+        {"op": "host_read", "addr": "p"},
+        {"op": "set_user_memory_region2", "slot": 1, "gpa": "1M", "size": "4K", "flags": 4, "fd": "vm"},
+        {"op": "set_user_memory_region2", "slot": 1, "gpa": 0, "size": "4K"},
+        {"op": "get_dirty_log", "slot": 7},
+        {"op": "set_memory_attributes", "gpa": 0, "size": "4K", "attributes": 8},
+        {"op": "check_extension", "vm": "f", "cap": 1},
+        after=SHARED_SLOT,
+    )  # fmt: skip
+
+    assert [answer["status"] for answer in found] == [
+        "EINVAL", "EBADF", "EEXIST", "EINVAL", "EINVAL", "EINVAL", "ESPIPE", "EINVAL", "EINVAL", "EFAULT", "EINVAL",
+        "EEXIST", "ENOENT", "ENOTTY", "ENOTTY",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kernel", "error"), [("6.18", "EINVAL"), ("7.x", "EEXIST")])
+def test_kernels_differ(kernel: str, error: str) -> None:
+    second = {**SHARED_SLOT[3], "slot": 1, "gpa": "1M"}
+
+    assert played([*SHARED_SLOT, second], kernel=kernel)[0][-1]["status"] == error
+
+
+def test_vm_lives_as_long_as_anybody_holds_it() -> None:
+    """Its vCPUs, its guest_memfd and a mapping of that."""
+    found, script = played([
+        *SHARED_SLOT,
+        {"op": "close", "fd": "vm"},
+        {"op": "guest_write", "stamp": 3},
+        {"op": "close", "fd": "vcpu"},
+        {"op": "close", "fd": "f"},
+        {"op": "host_read", "addr": "m"},
+        {"op": "munmap", "addr": "m", "size": "64K"},
+        {"op": "close", "fd": "vcpu"},
+    ])  # fmt: skip
+
+    assert [answer["status"] for answer in found[5:]] == ["OK"] * 6 + ["EBADF"]
+    assert found[9]["seen"] == [[3, 1]]
+    front = script.front
+    assert isinstance(front, ModelFront)
+    assert (front.host.frames.in_use, front.host.vms) == (0, [])
+
+
+def test_slot_outlives_its_file() -> None:
+    found = only(
+        {"op": "munmap", "addr": "m", "size": "64K"},
+        {"op": "close", "fd": "f"},
+        {"op": "guest_read", "gpa": "4K"},
+        after=SHARED_SLOT,
+    )  # fmt: skip
+
+    fault = {"reason": "MEMORY_FAULT", "gpa": 4096, "size": 4096, "flags": 0}
+    assert found[2] == {"status": "EFAULT", "done": 0, "seen": [], "exit": fault}
+
+
+def test_memory_of_the_vmm() -> None:
+    found = only(
+        {"op": "mmap", "size": "64K", "name": "a"},
+        {"op": "host_write", "addr": "a", "pages": 16, "stamp": 9},
+        {"op": "munmap", "addr": "a+0x4000", "size": "16K"},
+        {"op": "host_read", "addr": "a+8K", "pages": 4},
+        {"op": "madvise", "addr": "a", "size": "64K"},
+        {"op": "mlock", "addr": "a", "size": "64K"},
+        {"op": "mlock", "addr": "a+1", "size": 1},
+        {"op": "madvise", "addr": "a", "size": "4K"},
+        {"op": "mmap", "size": "8K", "fd": "f", "offset": "60K", "name": "past"},
+        {"op": "mlock", "addr": "past", "size": "8K"},
+        {"op": "cachestat", "fd": "f"},
+        after=SHARED_SLOT,
+    )  # fmt: skip
+
+    assert [answer["status"] for answer in found] == [
+        "OK", "OK", "OK", "EFAULT", "ENOMEM", "ENOMEM", "OK", "EINVAL", "OK", "ENOMEM", "OK",
+    ]  # fmt: skip
+    assert (found[3]["seen"], found[-1]["allocated"]) == ([[9, 2]], 1)
+
+
+@pytest.mark.parametrize(("line", "why"), [
+    ({"op": "create_vm", "name": "3"}, "does not begin with a letter"),
+    ({"op": "close", "fd": "x"}, "no line before gave a descriptor the name 'x'; there are vm"),
+    ({"op": "munmap", "addr": "x", "size": 1}, "no line before gave an address the name 'x'"),
+    ({"op": "mmap", "size": "4Q", "name": "m"}, "size: '4Q' is no number"),
+    ({"op": "mmap", "size": "4K", "name": "m", "prot": 1}, "mmap has no argument 'prot'; it takes name, size, fd"),
+    ({"op": "host_read", "addr": 4097}, "an access begins at a whole page"),
+    ({"op": "guest_write", "stamp": -1}, "a stamp has 32 bits"),
+    ({"op": "guest_read", "pages": 0, "vcpu": -1}, "pages: 1 to"),
+    ({"op": "guest_read", "gfns": [2, 1], "vcpu": -1}, "in ascending order"),
+    ({"op": "guest_read", "gfns": [True]}, "'gfns' must be a list, each of it a whole number or null"),
+    ({"op": "play"}, "there is no operation 'play' here"),
+])  # fmt: skip
+def test_bad_lines_are_named(line: dict[str, Any], why: str) -> None:
+    with pytest.raises(InputError) as caught:
+        played([SHARED_SLOT[0], line])
+
+    assert str(caught.value).startswith("here:2: ")
+    assert why in str(caught.value)
+
+
+def test_numbers() -> None:
+    assert [number(text, "n") for text in (7, "7", "0x1F", "4K", "2M")] == [7, 7, 31, 4096, 2 << 20]
+    assert runs_of([1, 1, 2, 1]) == [[1, 2], [2, 1], [1, 1]]
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "script.jsonl"
+    script.write_text("\n".join(map(json.dumps, [*SHARED_SLOT, {"op": "guest_write", "stamp": 1}])))
+
+    assert main(["uapi", str(script), "--state"]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last == {
+        "line": 6, "op": "guest_write", "status": "OK", "done": 1,
+        "state": {"f": {"allocated": 1, "pages": [[0, 1]], "content": [[0, 1, 1]]}},
+    }  # fmt: skip
+
+    assert main(["uapi"]) == 0
+    assert "create_guest_memfd" in capsys.readouterr().out
+    script.write_text('{"op": "create_vm"}\n{"op": "close"}\n')
+    assert main(["uapi", str(script)]) == 2
+    assert capsys.readouterr().err == f"cvm: {script}:2: close needs the argument 'fd'\n"
+
+
+def test_every_line_is_read_when_it_is_wanted() -> None:
+    """A script may be endless."""
+    def endless() -> Any:
+        yield json.dumps({"op": "create_vm"})
+        while True:
+            yield json.dumps({"op": "close", "fd": -1})
+
+    answers = Script(model_front("default")).play(endless(), "here")
+
+    assert [next(answers)["status"] for _ in range(3)] == ["OK", "EBADF", "EBADF"]
+    assert errno.EBADF == 9
