@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cvmcore import cli
+from cvmcore.cli.arguments import parse_size
 from cvmcore.errors import InputError
 
 PROFILE = 'schema = 1\nunit = "ns"\nextends = "common"\n[prices]\n'
@@ -168,7 +169,7 @@ FLAGS = ["-w", "-o", "--mem", "--vcpus", "--seed", "--backing", "--kernel", "--p
 def test_any_size(text: str) -> None:
     """It is a size, or an InputError."""
     with contextlib.suppress(InputError):
-        assert cli.parse_size(text, "--mem") >= 0
+        assert parse_size(text, "--mem") >= 0
 
 
 @quick

@@ -16,6 +16,8 @@ import pytest
 
 from cvmcore import __version__, cli
 from cvmcore.backend import GROUP
+from cvmcore.cli.arguments import parse_size
+from cvmcore.cli.output import say
 from cvmcore.hookspecs import HOOKS
 from cvmcore.plugins import installed, load_backend
 from cvmcore.progress import Bar
@@ -238,7 +240,7 @@ def test_no_figure_is_cut(cvm: Cvm, monkeypatch: pytest.MonkeyPatch, columns: in
     setup = Setup(1 << 30)
     reports = [run(load_workload("touch"), load_backend("swprot"), setup)] * 5
 
-    cli.say(shown(reports))
+    say(shown(reports))
     out = cvm("backends")[1]
 
     assert "…" not in out
@@ -453,4 +455,4 @@ def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     ("text", "size"), [("4096", 4096), ("64K", 1 << 16), ("3M", 3 << 20), ("192G", 192 << 30), ("1T", 1 << 40)]
 )
 def test_sizes(text: str, size: int) -> None:
-    assert cli.parse_size(text, "--mem") == size
+    assert parse_size(text, "--mem") == size
