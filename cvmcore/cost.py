@@ -45,6 +45,7 @@ COMMON = frozenset({
     "tlb_flush_base", "tlb_flush_per_cpu",
     "attributes_call", "attributes_4k",
     "memslot_call",
+    "memslot_walk", "gmem_lookup_4k",  # by contracts that find frames through gfns (`mem.contract`)
     "guest_write_4k", "guest_read_4k", "host_copy_4k",
 })  # fmt: skip
 """What the core itself charges; a backend's hooks add theirs (`Backend.charges`)."""

@@ -11,6 +11,7 @@ from cvmcore.backend import Backend, parse_options
 from cvmcore.clock import Meter
 from cvmcore.effects import Steps, drain
 from cvmcore.errors import InputError, UapiError
+from cvmcore.mem.contract import CONTRACTS
 from cvmcore.mem.frames import Frames
 from cvmcore.mem.mm import Mm
 from cvmcore.memory import SCRAMBLED, Memory
@@ -73,6 +74,7 @@ class Host:
         self.memlock_limit_bytes = memlock_limit_bytes
         self.options = parse_options(backend.options, options or {}, f"backend {backend.name}")
         self.policies = parse_options(POLICIES, policies or {}, "the core")
+        self.contract = CONTRACTS[self.policies["invalidation"]]
         self.drive: Callable[[Steps[Any]], Any] = drive
         self.profile = profile
         self.meter = Meter(profile.ns_by_item())
@@ -122,12 +124,10 @@ class Host:
     # ---- memory goes back, or is looked at --------------------------------------------------------------------
 
     def free_gmem(self, pfns: Sel) -> Steps[None]:
-        """Frames leave a guest_memfd inode: the vendor takes them back by pfn, then they are free."""
+        """Frames leave a guest_memfd inode: the vendor takes them back (`mem.contract`), then they are free."""
         if self.ops.observed:
             self.ops.emit("gmem", "free_folio", pfns=pfns, n=count(pfns))
-        if self.ops.has("gmem_invalidate"):
-            pfns = yield from self.ops.call("gmem_invalidate", count(pfns), host=self, pfns=pfns)
-        self.frames.free(pfns)
+        self.frames.free((yield from self.contract.free(self, pfns)))
 
     def host_access(self, pfns: Sel, write: bool, mode: HostMode = HostMode.USER) -> HostVerdict:
         """What happens when the host touches frames: the hook's verdict, or by key where there is no hook."""

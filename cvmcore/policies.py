@@ -9,4 +9,8 @@ from cvmcore.backend import Option
 
 POLICIES: tuple[Option, ...] = (
     Option("mmu_lock", "rw", "what guards a VM's tables: one rwlock, or one for each GiB of gfns", ("rw", "sharded")),
-)
+    Option(
+        "invalidation", "decoupled", "how a vendor learns that private pages go back, and why gfns are zapped",
+        ("decoupled", "flags3", "flags2", "attributes", "untold"),
+    ),
+)  # fmt: skip

@@ -584,6 +584,23 @@ class VmFd:
         """KVM_MEMORY_ENCRYPT_UNREG_REGION."""
         yield from self._vendor("KVM_MEMORY_ENCRYPT_UNREG_REGION", "unregister_region", hva=hva, size_bytes=size_bytes)
 
+    @operation
+    @_call("KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM")
+    def move_enc_context_from(self, source: VmFd) -> Steps[None]:
+        """KVM_ENABLE_CAP(KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM): this VM takes over the source's context, key, pins and
+        accounting (intra-host migration). EINVAL where the VM type has none to move."""
+        call = "KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM"
+        self._alive(call)
+        if not self.vm.host.ops.has("vm_move"):
+            raise UapiError(errno.EINVAL, call, "this VM type has no context that could move")
+        locks = [self.vm.lock] if source.vm is self.vm else [self.vm.lock, source.vm.lock]
+        for lock in locks:
+            yield lock.write
+        yield from self.vm.host.ops.call("vm_move", source=source.vm, target=self.vm)
+        for lock in reversed(locks):
+            yield lock.release
+        self.vm.host.ops.quiet(self.vm)
+
     def _vendor(self, call: str, hook: str, **arguments: Any) -> Steps[Any]:
         self._alive(call)
         vm = self.vm

@@ -15,6 +15,7 @@ from cvmcore.effects import Lock, Steps
 from cvmcore.errors import UapiError
 from cvmcore.mem import invalidate
 from cvmcore.mem.attributes import Attributes
+from cvmcore.mem.contract import Cause
 from cvmcore.mem.gmem import GmemFile
 from cvmcore.mem.mm import Mm
 from cvmcore.mem.mmulock import MMU_LOCKS, drop, read, write
@@ -281,7 +282,9 @@ class Vm:
             yield from take_away
             return
         yield self.notifier_count.read
-        zapped = yield from invalidate.begin(self, ranges, Filter.SHARED)
+        kinds = self.host.contract.kinds(Cause.NOTIFIER, Filter.SHARED)
+        callback = invalidate.callback_of(self, ranges, Cause.NOTIFIER)
+        zapped = yield from invalidate.begin(self, ranges, kinds, callback=callback)
         yield from self.host.ops.call("memory_reclaimed", vm=self, nr_pages=zapped)
         yield from take_away
         yield from invalidate.end(self, ranges)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from cvmcore.effects import INVALIDATE_END, INVALIDATE_START, INVALIDATE_STORE, INVALIDATE_ZAP, Steps
 from cvmcore.errors import UapiError
+from cvmcore.mem.contract import Cause
 from cvmcore.mem.mmulock import drop, read, write
 from cvmcore.mem.tdp import Root, Stop
 from cvmcore.pages import count
@@ -26,13 +27,20 @@ Range: TypeAlias = "tuple[Memslot, int, int]"
 """A memslot with the gfns [start, end) of it that are meant."""
 
 
-def begin(vm: Vm, ranges: list[Range], kinds: Filter, *, blocks: tuple[int, int] | None = None) -> Steps[int]:
+def begin(
+    vm: Vm,
+    ranges: list[Range],
+    kinds: Filter,
+    *,
+    blocks: tuple[int, int] | None = None,
+    callback: Steps[None] | None = None,
+) -> Steps[int]:
     """Open a frame: zap the leaves of these kinds that overlap the ranges, flush. Returns 4K pages zapped.
 
     blocks: the gfns [start, end) that the frame keeps from being mapped, where they are more than the ranges.
     Where zapping would destroy the content of neighbours (`zap_destroys_content`, external roots), huge leaves that
     cross an edge of a range are split first; where that fails, the frame is closed again and UapiError raised, nothing
-    zapped.
+    zapped. callback: what the vendor does once all is flushed, mmu_lock still held (`mem.contract`).
     """
     low, high = min(r[1] for r in ranges), max(r[2] for r in ranges)
     span = blocks or (low, high)
@@ -70,6 +78,8 @@ def begin(vm: Vm, ranges: list[Range], kinds: Filter, *, blocks: tuple[int, int]
         yield from vm.flush_tlbs(*flush)
     if vm.host.ops.observed:
         vm.host.ops.emit("invalidate", kinds.name or "BOTH", vm=vm.id, n=zapped, gfns=slice(low, high, 1))
+    if callback is not None:
+        yield from callback
     yield from drop(locks)
     vm.tables.give_back()
     return zapped
@@ -85,12 +95,14 @@ def end(vm: Vm, ranges: list[Range]) -> Steps[None]:
     yield from drop(locks)
 
 
-def invalidate(vm: Vm, ranges: list[Range], kinds: Filter, work: Steps[None] | None = None) -> Steps[int]:
+def invalidate(
+    vm: Vm, ranges: list[Range], kinds: Filter, work: Steps[None] | None = None, callback: Steps[None] | None = None
+) -> Steps[int]:
     """A whole frame around `work`. Without a range no frame is opened, seq does not move, and `work` runs all the
     same. Returns 4K pages zapped."""
     zapped = 0
     if ranges:
-        zapped = yield from begin(vm, ranges, kinds)
+        zapped = yield from begin(vm, ranges, kinds, callback=callback)
     if work is not None:
         yield from work
     if ranges:
@@ -136,7 +148,8 @@ def set_attributes(vm: Vm, start: int, end_gfn: int, value: int, private_bit: in
         attributes.cover(end_gfn)
     except MemoryError:
         raise UapiError(errno.ENOMEM, "KVM_SET_MEMORY_ATTRIBUTES", "no memory for the attributes") from None
-    kinds = Filter.SHARED if value & private_bit else Filter.PRIVATE
+    cause = Cause.TO_PRIVATE if value & private_bit else Cause.TO_SHARED
+    kinds = vm.host.contract.kinds(cause, Filter.SHARED if value & private_bit else Filter.PRIVATE)
     slots = vm.slots.overlapping(start, end_gfn)
     ranges: list[Range] = [(slot, max(start, slot.base_gfn), min(end_gfn, slot.end_gfn)) for slot in slots]
     zapped = 0
@@ -144,7 +157,7 @@ def set_attributes(vm: Vm, start: int, end_gfn: int, value: int, private_bit: in
         # Head and tail blocks are about to become mixed: nobody may map them large meanwhile.
         edges = [attributes.with_edges(*part) for part in ranges]
         span = min(e[0] for e in edges), max(e[1] for e in edges)
-        zapped = yield from begin(vm, ranges, kinds, blocks=span)
+        zapped = yield from begin(vm, ranges, kinds, blocks=span, callback=callback_of(vm, ranges, cause))
     attributes.store(start, end_gfn, value)
     if vm.host.ops.detailed:
         name = "private" if value & private_bit else "shared"
@@ -165,9 +178,20 @@ def set_attributes(vm: Vm, start: int, end_gfn: int, value: int, private_bit: in
 # ---- guest_memfd ----------------------------------------------------------------------------------------------
 
 
-def gmem_kinds(inode: GmemInode) -> Filter:
+def gmem_kinds(inode: GmemInode, cause: Cause = Cause.PUNCH_HOLE) -> Filter:
     """What a truncation of the inode invalidates (kvm_gmem_invalidate_begin)."""
-    return Filter.SHARED if inode.init_shared else Filter.PRIVATE
+    return inode.host.contract.kinds(cause, Filter.SHARED if inode.init_shared else Filter.PRIVATE)
+
+
+def callback_of(vm: Vm, ranges: list[Range], cause: Cause, inode: GmemInode | None = None) -> Steps[None] | None:
+    """What the vendor does in the callback for these ranges, whose pages are in `inode` or in their slots' files."""
+    parts = []
+    for slot, start, end in ranges:
+        behind = inode or (slot.gmem.inode if slot.gmem is not None else None)
+        if behind is not None:
+            offset = slot.gmem_pgoff - slot.base_gfn
+            parts.append((behind, start + offset, end + offset))
+    return vm.host.contract.callback(vm, cause, parts)
 
 
 def bound_ranges(file: GmemFile, start: int, n: int) -> list[Range]:
@@ -187,7 +211,8 @@ def punch_hole(inode: GmemInode, start: int, n: int) -> Steps[int]:
         for file in inode.files:
             ranges = bound_ranges(file, start, n)
             if ranges:
-                yield from begin(file.vm, ranges, gmem_kinds(inode))
+                callback = callback_of(file.vm, ranges, Cause.PUNCH_HOLE, inode)
+                yield from begin(file.vm, ranges, gmem_kinds(inode), callback=callback)
                 opened.append((file.vm, ranges))
     except UapiError:
         for vm, ranges in opened:
@@ -210,7 +235,8 @@ def release(file: GmemFile) -> Steps[None]:
     for _, _, slot in file.bindings:
         slot.gmem = None
     ranges = bound_ranges(file, 0, inode.npages)
-    yield from invalidate(file.vm, ranges, gmem_kinds(inode))
+    callback = callback_of(file.vm, ranges, Cause.RELEASE, inode)
+    yield from invalidate(file.vm, ranges, gmem_kinds(inode, Cause.RELEASE), callback=callback)
     file.bindings = []
     inode.files.remove(file)
     if not inode.files:
