@@ -36,6 +36,7 @@ from cvmcore.effects import Steps
 from cvmcore.errors import CvmError, InputError
 from cvmcore.guest import Guest, Machine
 from cvmcore.host import Host
+from cvmcore.outfile import OutFile
 from cvmcore.pages import IntArray, mappings_made, sort_unique, zeros
 from cvmcore.plugins import load_backend
 from cvmcore.runner import load_profile_for
@@ -492,13 +493,13 @@ def measure(rows: Sequence[str], backends: Sequence[str], size: Size, progress: 
 # ---- against what was recorded --------------------------------------------------------------------------------
 
 
-def record(path: Path, results: Iterable[Result], size: Size) -> None:
+def record(out: OutFile, results: Iterable[Result], size: Size) -> None:
     """Write the steady ratios of a run to a file, for `check` of runs of the same size."""
     ratios: dict[str, dict[str, float]] = {}
     for result in results:
         if result.row.steady:
             ratios.setdefault(result.row.name, {})[result.backend] = round(result.ratio, 3)
-    path.write_text(json.dumps({"schema": SCHEMA, "size": attrs.asdict(size), "ratios": ratios}, indent=2) + "\n")
+    out.put(json.dumps({"schema": SCHEMA, "size": attrs.asdict(size), "ratios": ratios}, indent=2) + "\n")
 
 
 def recorded(path: Path, size: Size) -> dict[tuple[str, str], float]:

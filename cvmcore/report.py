@@ -164,7 +164,7 @@ def _counted(
     values = [of(report) for report in reports]
     chosen: set[str] = set()
     for counts in values:
-        names = sorted(counts, key=lambda name: -counts[name])
+        names = sorted((name for name in counts if counts[name]), key=lambda name: -counts[name])
         if top and names:
             least = max(counts[names[min(top, len(names)) - 1]], WORTH_A_ROW * sum(counts.values()), 2)
             names = [name for name in names if counts[name] >= least]

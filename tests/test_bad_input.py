@@ -108,6 +108,7 @@ CASES = {
     # output
     "trace into no folder": ("run touch --mem 1M --trace no/such.jsonl", r"no/such\.jsonl: cannot be written: No such"),
     "trace into a directory": ("run touch --mem 1M --trace directory", r"directory: cannot be written"),
+    "record into no folder": ("bench one_us --quick --record no/such.json", r"no/such\.json: cannot be written"),
     "full device": ("run touch --mem 1M --trace /dev/full", r"/dev/full: cannot be written: it is no regular file"),
 }
 

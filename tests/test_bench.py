@@ -11,6 +11,7 @@ import pytest
 from cvmcore import bench, cli
 from cvmcore.bench import ROWS, Result, Row, Size
 from cvmcore.errors import InputError
+from cvmcore.outfile import OutFile
 
 ROOT = Path(__file__).parents[1]
 BACKENDS = ("swprot", "sev", "snp", "tdx", "pkvm")
@@ -85,7 +86,8 @@ def test_a_bound_is_on_the_value_or_on_the_ratio(row: Row, value: float, met: bo
 def test_what_is_recorded_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
 
-    bench.record(path, [*results(4, 5.1234), *results(7, row="sequential_fresh_ns")], TINY)
+    with OutFile(path) as out:
+        bench.record(out, [*results(4, 5.1234), *results(7, row="sequential_fresh_ns")], TINY)
 
     # What depends on the moment (fresh memory) is not recorded.
     assert bench.recorded(path, TINY) == {("random_ns", "swprot"): 4, ("random_ns", "sev"): 5.123}
@@ -93,7 +95,8 @@ def test_what_is_recorded_is_read_back(tmp_path: Path) -> None:
 
 def test_ratios_of_another_size_are_not_compared(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
-    bench.record(path, results(4), TINY)
+    with OutFile(path) as out:
+        bench.record(out, results(4), TINY)
 
     with pytest.raises(InputError, match="recorded with other sizes"):
         bench.recorded(path, attrs.evolve(TINY, ones=4))

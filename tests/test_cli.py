@@ -410,6 +410,40 @@ def test_broken_pipe_is_silent() -> None:
         assert not said and child.returncode in (0, 1)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", ["backends", "run touch --mem 1M --json", "hw pkvm --json"])
+def test_output_that_cannot_be_written_is_one_sentence(arguments: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "cvmcore.cli", *arguments.split()], stdout=full, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT,
+        )  # fmt: skip
+
+    assert done.returncode == 2
+    assert re.fullmatch(r"cvm: standard output: cannot be written: [^\n]+\n", done.stderr)
+
+
+def test_the_list_of_commands_cuts_no_sentence(cvm: Cvm) -> None:
+    code, out, _ = cvm("--help")
+
+    assert code == 0 and not re.search(r"\.\.\.$", out.partition("Commands:")[2], re.MULTILINE)
+
+
+@pytest.mark.parametrize("arguments", ["hw pkvm", "uapi"])
+def test_operations_as_json(arguments: str, cvm: Cvm) -> None:
+    code, out, _ = cvm(*arguments.split(), "--json")
+
+    assert code == 0
+    assert all(set(one) == {"name", "arguments", "help"} for one in json.loads(out)["operations"])
+
+
+def test_a_price_of_nothing_has_no_row(cvm: Cvm) -> None:
+    code, out, _ = cvm("run", "convert", "--mem", "64M", "--backend", "pkvm")
+
+    parts = out.partition("parts of cpu time")[2]
+    assert code == 0 and parts and not re.search(r"^  \w+ +- *$", parts, re.MULTILINE)
+
+
 def test_a_pipe_gets_no_progress() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "cvmcore.cli", "run", "touch", "--mem", "64M"], capture_output=True, text=True, cwd=ROOT,

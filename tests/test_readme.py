@@ -37,3 +37,16 @@ def test_the_map_names_what_exists() -> None:
     missing += [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not (ROOT / link).exists()]
 
     assert missing == []
+
+
+def test_the_map_leaves_no_module_out() -> None:
+    """Modules and packages of the core; those of `mem` by name."""
+    text = README.read_text(encoding="utf-8")
+    tree = text[text.index("## The tree") : text.index("## The trusted hardware alone")]
+    core = ROOT / "cvmcore"
+    wanted = {path.name for path in core.glob("*.py")} - {"__init__.py"}
+    wanted |= {f"{path.parent.name}/" for path in core.glob("*/__init__.py")}
+    wanted |= {path.stem for path in (core / "mem").glob("*.py")} - {"__init__"}
+    named = {name.removeprefix("cvmcore/") for name in re.findall(r"`([^`]+)`", tree)}
+
+    assert wanted - named == set()

@@ -6,7 +6,6 @@ sentence on standard error and exit code 2; 1 says that a run found something wr
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -17,7 +16,7 @@ from cvmcore import __version__
 from cvmcore.cli.explaining import explain
 from cvmcore.cli.installed import backends, hooks, workloads
 from cvmcore.cli.measuring import bench
-from cvmcore.cli.output import BAD_INPUT, INTERRUPTED, WRONG, complain
+from cvmcore.cli.output import BAD_INPUT, INTERRUPTED, WRONG, complain, forget_output
 from cvmcore.cli.running import compare, run
 from cvmcore.cli.scripts import hw, uapi
 from cvmcore.cli.studies import study
@@ -51,8 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read has gone; whatever is still buffered must not raise once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forget_output()  # whoever read has gone
         return WRONG
 
 

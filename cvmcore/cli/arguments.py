@@ -14,7 +14,7 @@ from cvmcore.errors import InputError
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 Name = Annotated[str, typer.Argument(metavar="WORKLOAD", help="boot, touch, convert, ...: see `cvm workloads`.")]
-File = Annotated[str | None, typer.Argument(metavar="[FILE]", help="What the workload reads; - is standard input.")]
+File = Annotated[str | None, typer.Argument(metavar="FILE", help="What the workload reads; - is standard input.")]
 BackendOptions = Annotated[
     list[str], typer.Option("-o", "--option", metavar="NAME=VALUE", help="A backend's option; may be repeated.")
 ]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def explain(
-    workload: Annotated[str | None, typer.Argument(metavar="[WORKLOAD]", help="As for `cvm run`.")] = None,
+    workload: Annotated[str | None, typer.Argument(metavar="WORKLOAD", help="As for `cvm run`.")] = None,
     file: File = None,
     gfn: Annotated[
         str | None, typer.Option("--gfn", metavar="N", help="Which page of the guest: 4096 or 0x1000.")
@@ -57,7 +57,10 @@ def explain(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> int:
-    """Show the life of one page in a run: who did what, when, at what cost, from which state to which."""
+    """Show the life of one page in a run.
+
+    Who did what to it, when, at what cost, from which state to which.
+    """
     from cvmcore.explain import Explain, read_log
 
     if (gfn is None) == (pfn is None):

@@ -30,7 +30,7 @@ def backends(as_json: AsJson = False) -> None:
 
 
 def workloads(
-    name: Annotated[str | None, typer.Argument(metavar="[WORKLOAD]", help="Show one, with its options.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="WORKLOAD", help="Show one, with its options.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the installed workloads, or show one with its options."""
@@ -60,10 +60,10 @@ def workloads(
 
 
 def hooks(
-    backend: Annotated[str | None, typer.Argument(metavar="[BACKEND]", help="Show one backend.")] = None,
+    backend: Annotated[str | None, typer.Argument(metavar="BACKEND", help="Show one backend.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the hooks of the contract, and which backend implements which."""
+    """Show the hooks, and which backend implements which."""
     from cvmcore.ops import implementations
     from cvmcore.plugins import load_all_backends, load_backend
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
+
+from cvmcore.errors import CvmError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -36,12 +40,31 @@ def say(what: RenderableType) -> None:
         console.width = PIPED_WIDTH
     least = Measurement.get(console, console.options.update(max_width=10_000), what).minimum
     console.width = max(console.width, least + 1)  # rich counts a table without edges one too short
-    console.print(what)
+    with _writing():
+        console.print(what)
+        sys.stdout.flush()
 
 
 def say_json(text: str) -> None:
     """Print JSON to standard output."""
-    typer.echo(text)
+    with _writing():
+        typer.echo(text)
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        forget_output()
+        raise CvmError(f"standard output: cannot be written: {error.strerror or error}") from None
+
+
+def forget_output() -> None:
+    """Nobody can have what is still buffered for standard output; it must not raise once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def dump(value: object) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def study(
-    name: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="Which; without it, all are listed.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="STUDY", help="Which; without it, all are listed.")] = None,
     option: Annotated[
         list[str], typer.Option("-s", "--study-option", metavar="NAME=VALUE", help="A study's option; may be repeated.")
     ] = [],  # noqa: B006
@@ -30,7 +30,7 @@ def study(
         Path | None, typer.Option("--plot", metavar="OUT", help="Draw the findings: .svg, .png or .pdf.")
     ] = None,
 ) -> None:
-    """Answer a question about a design with numbers, or list the studies."""
+    """Answer a question about a design with numbers."""
     from cvmcore.progress import Bar
     from cvmcore.study import load_study
     from cvmcore.study import run as run_study
