@@ -31,7 +31,7 @@ class Option:
         if isinstance(self.default, str):
             return str(text)
         try:
-            return int(text)
+            return int(text, 16) if isinstance(text, str) and text[:2] in ("0x", "0X") else int(text)
         except ValueError:
             raise InputError(f"option {self.name}: '{text}' is not a whole number") from None
 

@@ -458,6 +458,9 @@ class VcpuView(Protocol):
     def id(self) -> int: ...
     @property
     def vm(self) -> VmView: ...
+    @property
+    def state(self) -> bytes:
+        """Registers that user space gives the vCPU before it first runs, in the vendor's layout; empty: as at reset."""
 
 
 class VmView(Protocol):

@@ -375,8 +375,11 @@ class VmFd:
 
     @operation
     @_call("KVM_CREATE_VCPU")
-    def create_vcpu(self, vcpu_id: int | None = None) -> Steps[VcpuFd]:
-        """KVM_CREATE_VCPU. EEXIST for an id in use, EINVAL for one above what the host can have."""
+    def create_vcpu(self, vcpu_id: int | None = None, state: bytes = b"") -> Steps[VcpuFd]:
+        """KVM_CREATE_VCPU. EEXIST for an id in use, EINVAL for one above what the host can have.
+
+        state: what KVM_SET_SREGS, KVM_SET_REGS and their like set, in the vendor's layout; empty: as at reset.
+        """
         self._alive("KVM_CREATE_VCPU")
         vm = self.vm
         number = len(vm.vcpus) if vcpu_id is None else vcpu_id
@@ -385,7 +388,7 @@ class VmFd:
         if any(v.id == number for v in vm.vcpus):
             raise UapiError(errno.EEXIST, "KVM_CREATE_VCPU", f"vCPU {number} exists")
         yield vm.lock.write
-        vcpu = Vcpu(vm, number)
+        vcpu = Vcpu(vm, number, state)
         yield from vm.host.ops.call("vcpu_create", vcpu=vcpu)
         vm.vcpus.append(vcpu)
         yield vm.lock.release

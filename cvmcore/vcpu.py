@@ -104,9 +104,10 @@ class Convert(Action):
 class Vcpu:
     """One vCPU. `run` executes one guest action until it is complete or user space is needed."""
 
-    def __init__(self, vm: Vm, vcpu_id: int) -> None:
+    def __init__(self, vm: Vm, vcpu_id: int, state: bytes = b"") -> None:
         self.vm = vm
         self.id = vcpu_id
+        self.state = state
         self.arch: Any = None
         self.tlb = Tlb()
         self.tables = TableCache(vm.host.frames)

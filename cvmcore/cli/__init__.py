@@ -15,6 +15,7 @@ import typer
 from cvmcore import __version__
 from cvmcore.cli.explaining import explain
 from cvmcore.cli.installed import backends, hooks, workloads
+from cvmcore.cli.launching import launch
 from cvmcore.cli.measuring import bench
 from cvmcore.cli.output import BAD_INPUT, INTERRUPTED, WRONG, complain, forget_output
 from cvmcore.cli.running import compare, run
@@ -72,5 +73,5 @@ def root(
         typer.echo(context.get_help())
 
 
-for command in (backends, workloads, hooks, run, compare, study, hw, uapi, explain, bench):
+for command in (backends, workloads, hooks, run, compare, study, launch, hw, uapi, explain, bench):
     app.command()(command)

@@ -902,6 +902,8 @@ class Psp:
         self.asids: Codes = np.full(NR_ASIDS, AsidState.CLEAN, np.uint8)
         self.wbinvd_done = True
         self.mailbox = Lock("psp", 900)
+        self.watch: Callable[[str, int | None, bytes], None] | None = None
+        """Told (page type, gpa or None, launch digest with it) of all that is measured, where somebody watches."""
         self._entropy = 0
         self._hashes: dict[int, bytes] = {}
 
@@ -1024,6 +1026,8 @@ class Psp:
         if self.rmp.nr_assigned and self._guest_owned(pfns):
             return SevStatus.INVALID_PAGE_STATE
         guest.digest.update(self._bytes(pfns)[paddr % PAGE_BYTES :][:length])
+        if self.watch:
+            self.watch("vmsa" if name == "LAUNCH_UPDATE_VMSA" else "data", None, guest.digest.digest())
         self.memory.write(pfns, self.memory.read(pfns, 0), guest.asid)
         return SevStatus.SUCCESS
 
@@ -1218,6 +1222,8 @@ class Psp:
         ld = guest.ld
         for gfn, content in zip(gfns.tolist(), contents, strict=True):
             ld = extend_launch_digest(ld, content, page_type, gfn * PAGE_BYTES)
+            if self.watch:
+                self.watch(PageType(page_type).name.lower(), gfn * PAGE_BYTES, ld)
         guest.ld = ld
         if page_type == PageType.ZERO:
             self.memory.clear(frames, guest.asid)

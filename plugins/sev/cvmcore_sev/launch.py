@@ -1,8 +1,8 @@
-"""Measured launch: what a relying party expects a guest's digest to be, and the steps that a VMM takes to get there.
+"""Measured launch, the VMM's side: what a firmware image asks for, save areas, kernel hashes, and the order of it.
 
-This is the verifier's arithmetic, written apart from the firmware's in `hw` (neither may import the other); a test
-holds the two against each other. Sources: SEV API (LAUNCH_UPDATE, LAUNCH_MEASURE), SEV-SNP firmware ABI (PAGE_INFO),
-OVMF's reset vector table, and the orders that sev-snp-measure and QEMU use. All integers little endian.
+The digest itself is the firmware's (`hw`); tests hold it against sev-snp-measure, which is written apart from both.
+Sources: OVMF's reset vector table and SEV metadata, and the orders that QEMU and sev-snp-measure use. All integers
+little endian.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import attrs
@@ -35,49 +35,16 @@ PAGE_TYPES: Final[Mapping[str, int]] = {
 
 @attrs.frozen
 class LaunchStep:
-    """One stretch of the initial image: whole pages of one kind from gpa on, in the order they are measured.
+    """One stretch of the initial image: pages of one kind from gpa on, in the order they are measured.
 
-    data: their bytes, for "normal" and "vmsa" pages; other kinds have none that counts.
+    data: their bytes, for "normal" and "vmsa" pages, and SEV's "data", which need not be whole pages; other kinds have
+    none that counts.
     """
 
     kind: str
     gpa: int
     size_bytes: int
     data: bytes = b""
-
-    def pages(self) -> list[bytes]:
-        """The content of each page."""
-        data = self.data.ljust(self.size_bytes, b"\0")
-        return [data[at : at + PAGE_BYTES] for at in range(0, self.size_bytes, PAGE_BYTES)]
-
-
-# ---- digests --------------------------------------------------------------------------------------------------
-
-
-def sev_digest(measured: Iterable[bytes]) -> bytes:
-    """The SEV and SEV-ES launch digest: SHA-256 of everything measured, in order."""
-    digest = hashlib.sha256()
-    for data in measured:
-        digest.update(data)
-    return digest.digest()
-
-
-def snp_extend(ld: bytes, kind: str, gpa: int, page: bytes = b"") -> bytes:
-    """The SNP launch digest after one more page (48 bytes; 48 zeros before the first)."""
-    if kind == "vmsa":
-        page = page[:0x2F0] + bytes(16) + page[0x300:]
-    contents = hashlib.sha384(page).digest() if kind in ("normal", "vmsa") else bytes(48)
-    info = ld + contents + struct.pack("<HBBBBBBQ", 0x70, PAGE_TYPES[kind], 0, 0, 0, 0, 0, gpa)
-    return hashlib.sha384(info).digest()
-
-
-def snp_digest(steps: Iterable[LaunchStep]) -> bytes:
-    """The SNP launch digest of an image."""
-    ld = bytes(48)
-    for step in steps:
-        for i, page in enumerate(step.pages()):
-            ld = snp_extend(ld, step.kind, step.gpa if step.kind == "vmsa" else step.gpa + i * PAGE_BYTES, page)
-    return ld
 
 
 def id_block(ld: bytes, policy: int, *, family: bytes = bytes(16), image: bytes = bytes(16), svn: int = 0) -> bytes:
@@ -174,6 +141,12 @@ def vmsa_page(
     return bytes(page)
 
 
+def with_features(page: bytes, features: int) -> bytes:
+    """A save area with other `sev_features`."""
+    at = _VMSA_RESET["sev_features"][0]
+    return page[:at] + struct.pack("<Q", features) + page[at + 8 :]
+
+
 def vmsa_pages(vcpus: int, ap_eip: int, *, signature: int, features: int, vmm: str = "qemu") -> list[bytes]:
     """The save areas of all vCPUs, the BSP first."""
     bsp = vmsa_page(signature=signature, features=features, vmm=vmm)
@@ -214,7 +187,7 @@ _SVSM_START: Final = "a789a612-0597-4c4b-a49f-cbb1fe9d1ddd"
 SEC_MEM, SECRETS, CPUID, SVSM_CAA, KERNEL_HASHES = 1, 2, 3, 4, 0x10
 SECTIONS: Final[Mapping[int, Mapping[str, str]]] = {
     # section type: VMM -> page kind
-    SEC_MEM: {"qemu": "zero", "gce": "unmeasured", "ec2": "unmeasured"},
+    SEC_MEM: {"qemu": "zero", "gce": "unmeasured", "ec2": "zero"},
     SECRETS: {"qemu": "secrets", "gce": "secrets", "ec2": "secrets"},
     CPUID: {"qemu": "cpuid", "gce": "cpuid", "ec2": "cpuid"},
     SVSM_CAA: {"qemu": "zero", "gce": "zero", "ec2": "zero"},
@@ -337,11 +310,12 @@ def svsm_steps(firmware: Firmware, svsm: Firmware, vmsas: Sequence[bytes]) -> li
     return [*images, *_section_steps(svsm, "qemu", b""), *_vmsa_steps(vmsas)]
 
 
-def sev_measured(firmware: Firmware, vmsas: Sequence[bytes] = (), hashes: bytes = b"") -> list[bytes]:
-    """What an SEV (no vmsas) or SEV-ES launch measures, in QEMU's order."""
+def sev_steps(firmware: Firmware, hashes: bytes = b"") -> list[LaunchStep]:
+    """What an SEV or SEV-ES launch measures before the save areas, in QEMU's order: the image, the kernel hashes."""
     if hashes and not firmware.hashes_gpa:
         raise InputError("a kernel is given, but the firmware has no place for its hashes")
-    return [firmware.image, *([hashes] if hashes else []), *vmsas]
+    image = LaunchStep("data", firmware.gpa, len(firmware.image), firmware.image)
+    return [image, *([LaunchStep("data", firmware.hashes_gpa, len(hashes), hashes)] if hashes else [])]
 
 
 def _section_steps(firmware: Firmware, vmm: str, hashes: bytes) -> list[LaunchStep]:

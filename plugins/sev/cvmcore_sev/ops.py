@@ -67,7 +67,7 @@ from cvmcore.types import (
 from cvmcore_sev.cost import CHARGES, PROFILES
 from cvmcore_sev.errors import RmpStatus, SevStatus
 from cvmcore_sev.hw import POLICY_ES, VMSA_GFN, Answer, SevHardware
-from cvmcore_sev.launch import BSP_EIP, CPUS, PAGE_TYPES, vmsa_page
+from cvmcore_sev.launch import BSP_EIP, CPUS, PAGE_TYPES, vmsa_page, with_features
 
 SEV_TYPE, SEV_ES_TYPE, SNP_TYPE = "sev", "sev-es", "snp"
 MAX_ASID: Final = 509
@@ -80,6 +80,7 @@ RMP_IN_USE: Final = point("rmp.in_use")
 _SPINS: Final = 1000
 SNP_POLICY: Final = 3 << 16
 """Policy of a guest whose VMM names none: SMT allowed, and the bit that must be one."""
+ES_POLICY: Final = POLICY_ES
 
 
 # ---- what KVM keeps -------------------------------------------------------------------------------------------
@@ -464,7 +465,10 @@ class AmdSev:
         if arch.vm_type == SEV_TYPE:
             return
         eip = BSP_EIP if vcpu.id == 0 else arch.ap_eip
-        vmsa = vmsa_page(eip=eip, signature=arch.signature, features=arch.vmsa_features)
+        vmsa = vcpu.state or vmsa_page(eip=eip, signature=arch.signature)
+        if len(vmsa) != PAGE_BYTES:
+            raise UapiError(errno.EINVAL, "KVM_CREATE_VCPU", f"a save area has {PAGE_BYTES} bytes, not {len(vmsa)}")
+        vmsa = with_features(vmsa, arch.vmsa_features)
         vcpu.arch = VcpuState(self._alloc_unaligned(vcpu.vm.host), vmsa)
 
     @hookimpl
@@ -636,7 +640,7 @@ class AmdSev:
             yield from self._start_snp(vm, SNP_POLICY if policy is None else policy)
             return
         host, psp = vm.host, vm.host.hw.psp
-        arch.policy = (POLICY_ES if arch.es else 0) if policy is None else policy
+        arch.policy = (ES_POLICY if arch.es else 0) if policy is None else policy
         status, handle = yield from self._command(host, "LAUNCH_START", psp.launch_start.steps(arch.policy))
         if not status:
             status = yield from self._command(host, "ACTIVATE", psp.activate.steps(handle, arch.asid))
@@ -725,10 +729,13 @@ class AmdSev:
         if done < updated:
             yield from self._reclaim(host, part(pfns, done, done + 1))
 
-    def _update_data(self, vm: VmView, batches: list[Batch]) -> Steps[tuple[int, SevStatus]]:
+    def _update_data(
+        self, vm: VmView, batches: list[Batch], offset: int = 0, size_bytes: int | None = None
+    ) -> Steps[tuple[int, SevStatus]]:
         """LAUNCH_UPDATE_DATA of what the VMM has written: pin, flush, encrypt each contiguous stretch in place.
 
-        Returns how many pages are loaded, and the status that ended it.
+        From `offset` in the first page on, size_bytes, or all that the batches have. Returns how many pages are
+        loaded, and the status that ended it.
         """
         arch: SevVm = vm.arch
         host, psp = vm.host, vm.host.hw.psp
@@ -742,11 +749,14 @@ class AmdSev:
                 host.meter.charge("gup_pin_4k", len(batch))
                 pinned.append(batch.pfns)
         done, status = 0, SevStatus.SUCCESS
+        left = sum(len(batch) for batch in batches) * PAGE_BYTES if size_bytes is None else size_bytes
         for pfns, low, high in [(batch.pfns, *stretch) for batch in batches for stretch in _runs(batch.pfns)]:
             host.meter.charge("cacheline_flush_4k", high - low)
             host.meter.charge("launch_update_4k", high - low)
-            address = first(part(pfns, low, high)) << PAGE_SHIFT
-            command = psp.launch_update_data.steps(arch.handle, address, (high - low) << PAGE_SHIFT)
+            address = (first(part(pfns, low, high)) << PAGE_SHIFT) + offset
+            length = min(((high - low) << PAGE_SHIFT) - offset, left)
+            left, offset = left - length, 0
+            command = psp.launch_update_data.steps(arch.handle, address, length)
             status = yield from self._command(host, "LAUNCH_UPDATE_DATA", command)
             if status:
                 break
@@ -1072,7 +1082,7 @@ class AmdSev:
         features, version = arguments.get("vmsa_features", 0), arguments.get("ghcb_version", 0)
         if arch.initialized or arch.started or vm.vcpus:
             raise UapiError(errno.EINVAL, call, "the VM has vCPUs, or is active already")
-        if arguments.get("flags", 0) or features & ~1 or (features and arch.vm_type == SEV_TYPE):
+        if arguments.get("flags", 0) or features & ~_VMSA_FEATURES[arch.vm_type]:
             raise UapiError(errno.EINVAL, call, f"flags {arguments.get('flags', 0):#x} or vmsa_features {features:#x}")
         if version > 2 or (version and arch.vm_type == SEV_TYPE):
             raise UapiError(errno.EINVAL, call, f"ghcb_version {version}")
@@ -1090,9 +1100,12 @@ class AmdSev:
     def _op_launch_update_data(self, vm: VmView, arguments: dict[str, Any]) -> Steps[dict[str, Any]]:
         call = "KVM_SEV_LAUNCH_UPDATE_DATA"
         hva, size = arguments["uaddr"], arguments["len"]
-        if hva % PAGE_BYTES or size % PAGE_BYTES or size <= 0:
-            raise UapiError(errno.EINVAL, call, "only whole pages are loaded here")
-        _, status = yield from self._update_data(vm, list(self._batches(vm, hva, size, call)))
+        if size <= 0:
+            raise UapiError(errno.EINVAL, call, "the length is 0")
+        offset = hva % PAGE_BYTES
+        whole = -(-(offset + size) // PAGE_BYTES) * PAGE_BYTES
+        batches = list(self._batches(vm, hva - offset, whole, call))
+        _, status = yield from self._update_data(vm, batches, offset, size)
         if status:
             raise UapiError(errno.EIO, call, f"firmware: {status.name}")
         return {}
@@ -1161,6 +1174,10 @@ class AmdSev:
         return {}
 
 
+_DEBUG_SWAP, _SECURE_TSC = 1 << 5, 1 << 9
+_VMSA_FEATURES: Final = {SEV_TYPE: 0, SEV_ES_TYPE: _DEBUG_SWAP, SNP_TYPE: _DEBUG_SWAP | _SECURE_TSC}
+"""What KVM_SEV_INIT2 takes as vmsa_features; KVM itself adds bit 0, SNP active."""
+
 _Operation = Callable[[AmdSev, VmView, dict[str, Any]], Steps[dict[str, Any]]]
 _LEGACY: Final = (SEV_TYPE, SEV_ES_TYPE)
 _INITS: Final = ("KVM_SEV_INIT", "KVM_SEV_ES_INIT", "KVM_SEV_INIT2")
@@ -1192,6 +1209,11 @@ _PINNING: Final = Option(
 
 def _backend(name: str, summary: str, options: tuple[Option, ...]) -> Backend:
     return Backend(name, "amd-sev", name, summary, API_VERSION, AmdSev, PROFILES[name], CHARGES, options)
+
+
+def watch_launch(vm: VmView, tell: Callable[[str, int | None, bytes], None]) -> None:
+    """Have the secure processor tell (type, gpa or None, digest so far) of all that it measures."""
+    vm.host.hw.psp.watch = tell
 
 
 SEV = _backend(SEV_TYPE, "AMD SEV: memory encrypted where it lies, every guest page pinned", (_PINNING, *_ASIDS))

@@ -109,6 +109,7 @@ class FakeVcpu:
     vm: Any
     id: int
     arch: Any = None
+    state: bytes = b""
 
 
 @attrs.define(eq=False)

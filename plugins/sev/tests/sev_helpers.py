@@ -1,6 +1,10 @@
-"""RMP entries in every state, made by the operations that make them; shared by the tests."""
+"""RMP entries in every state, made by the operations that make them, and firmware images; shared by the tests."""
 
 from __future__ import annotations
+
+import struct
+import uuid
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -61,3 +65,49 @@ def snapshot(rmp: Rmp) -> dict[str, object]:
         "asid_pages": rmp.asid_pages.tolist(),
         "nr_assigned": rmp.nr_assigned,
     }
+
+
+# ---- firmware images ----------------------------------------------------------------------------------------------
+
+FOOTER = "96b582de-1fb2-45f7-baea-a366c55a082d"
+HASHES = "7255371f-3a3b-4b04-927b-1da6efa8d454"
+RESET = "00f771de-1a7e-4fcb-890e-68c77e2fb44e"
+METADATA = "dc886566-984a-4798-a75e-5585a7bf67cc"
+SVSM = "a789a612-0597-4c4b-a49f-cbb1fe9d1ddd"
+
+
+def record(name: str, data: bytes, length: int | None = None) -> bytes:
+    size = len(data) + 18 if length is None else length
+    return data + struct.pack("<H", size) + uuid.UUID(name).bytes_le
+
+
+def firmware(
+    sections: Sequence[tuple[int, int, int]] = (),
+    *,
+    hashes: int = 0x80FC00,
+    signature: bytes = b"ASEV",
+    version: int = 1,
+    npages: int = 4,
+    more: bytes = b"",
+) -> bytes:
+    """An image with a table and SEV metadata, as OVMF lays them out."""
+    body = b"".join(struct.pack("<III", *section) for section in sections)
+    metadata = struct.pack("<4sIII", signature, 16 + len(body), version, len(sections)) + body
+    at = 0x800
+    records = more + record(HASHES, struct.pack("<II", hashes, 0x400)) + record(RESET, struct.pack("<I", 0x80B004))
+    size = npages * 4096
+    records += record(METADATA, struct.pack("<I", size - at)) + record(SVSM, struct.pack("<I", 0x10))
+    table = records + record(FOOTER, b"", len(records) + 18)
+    image = bytearray(i * 7 & 0xFF for i in range(size))
+    image[at : at + len(metadata)] = metadata
+    image[size - 32 - len(table) : size - 32] = table
+    return bytes(image)
+
+
+ALL_SECTIONS = [
+    (0x800000, 0x2000, 1),
+    (0x80D000, 0x1000, 2),
+    (0x80E000, 0x1000, 3),
+    (0x80F000, 0x1000, 4),
+    (0x810000, 0x1000, 0x10),
+]

@@ -1,0 +1,139 @@
+"""`cvm launch` for SEV, SEV-ES and SEV-SNP: the calls that a VMM makes to launch a firmware image."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from cvmcore.backend import Option
+from cvmcore.errors import InputError
+from cvmcore.measured import AddVcpu, Call, Command, Hva, Launcher, Load, Write, cover
+from cvmcore.types import PAGE_BYTES
+from cvmcore_sev.launch import CPUS, SECTIONS, Firmware, hash_table, parse_firmware, sev_steps, snp_steps, vmsa_pages
+from cvmcore_sev.ops import ES_POLICY, SNP_POLICY, watch_launch
+
+_SNP_ACTIVE: Final = 1
+MAX_VCPUS: Final = 4096
+
+
+def _option(name: str, default: str | int, help: str, choices: tuple[str, ...] = ()) -> Option:
+    return Option(name, default, help, choices)
+
+
+_COMMON: Final = (
+    _option("vcpus", 1, "how many vCPUs"),
+    _option("vcpu-type", "EPYC-Milan", f"{', '.join(CPUS)}, with or without -v1 and so on, or a CPUID signature 0x..."),
+    _option("vmm-type", "qemu", "whose save areas and sections", tuple(next(iter(SECTIONS.values())))),
+    _option("kernel", "", "kernel that is booted directly: its hash is measured"),
+    _option("initrd", "", "its initial RAM disk"),
+    _option("append", "", "its command line"),
+)
+
+
+def _signature(text: str) -> int:
+    """The CPUID signature of a CPU type. Raises InputError."""
+    name = re.sub(r"-(v\d+|IBPB)$", "", text)
+    if name in CPUS:
+        return CPUS[name]
+    if re.fullmatch(r"0[xX][0-9a-fA-F]{1,8}", text):
+        return int(text, 16)
+    raise InputError(f"vCPU type '{text}' is none of {', '.join(CPUS)}, nor a CPUID signature as 0xa00f11")
+
+
+def _hashes(options: Mapping[str, Any]) -> bytes:
+    """The table of kernel hashes; empty where no kernel is given. Raises InputError."""
+    if options["kernel"]:
+        return hash_table(options["kernel"], options["initrd"], options["append"])
+    for name in ("initrd", "append"):
+        if options[name]:
+            raise InputError(f"--{name} goes with --kernel, and there is none")
+    return b""
+
+
+def _vmsas(firmware: Firmware, options: Mapping[str, Any], features: int) -> list[bytes]:
+    return vmsa_pages(
+        options["vcpus"], firmware.reset_eip, signature=_signature(options["vcpu-type"]), features=features,
+        vmm=options["vmm-type"],
+    )  # fmt: skip
+
+
+def _checked(options: Mapping[str, Any]) -> None:
+    if not 0 < options["vcpus"] <= MAX_VCPUS:
+        raise InputError(f"{options['vcpus']} vCPUs: it must be 1 to {MAX_VCPUS}")
+    if not 0 <= options["policy"] < 1 << 64:
+        raise InputError(f"policy {options['policy']:#x} is no number of 64 bits")
+
+
+def _snp(image: bytes, options: Mapping[str, Any]) -> Sequence[Call]:
+    """KVM_SEV_INIT2, memory and vCPUs, SNP_LAUNCH_START, the pages; save areas are measured by SNP_LAUNCH_FINISH."""
+    _checked(options)
+    features = options["guest-features"]
+    if not features & _SNP_ACTIVE:
+        raise InputError(f"guest features {features:#x}: an SNP guest has bit 0")
+    firmware = parse_firmware(image)
+    vmsas = _vmsas(firmware, options, features)
+    steps = snp_steps(firmware, [], vmm=options["vmm-type"], hashes=_hashes(options))
+    steps = [step for step in steps if step.size_bytes]
+    return [
+        Command("KVM_SEV_INIT2", {"vmsa_features": features & ~_SNP_ACTIVE}),
+        *cover((step.gpa, step.size_bytes) for step in steps),
+        *(AddVcpu(vmsa) for vmsa in vmsas),
+        Command("KVM_SEV_SNP_LAUNCH_START", {"policy": options["policy"]}),
+        *(Load(step.kind, step.gpa, step.size_bytes, step.data) for step in steps),
+        Command("KVM_SEV_SNP_LAUNCH_FINISH"),
+    ]
+
+
+def _legacy(es: bool) -> Callable[[bytes, Mapping[str, Any]], Sequence[Call]]:
+    def plan(image: bytes, options: Mapping[str, Any]) -> Sequence[Call]:
+        """KVM_SEV_INIT2, memory and vCPUs, LAUNCH_START, LAUNCH_UPDATE_DATA of each page, save areas, MEASURE."""
+        _checked(options)
+        firmware = parse_firmware(image)
+        features = options.get("guest-features", 0)
+        states = _vmsas(firmware, options, features) if es else [b""] * options["vcpus"]
+        steps = sev_steps(firmware, _hashes(options))
+        calls: list[Call] = [
+            Command("KVM_SEV_INIT2", {"vmsa_features": features}),
+            *cover(_pages_of(step.gpa, step.size_bytes) for step in steps),
+            *(AddVcpu(state) for state in states),
+            Command("KVM_SEV_LAUNCH_START", {"policy": options["policy"]}),
+        ]
+        for step in steps:
+            start, offset = step.gpa & -PAGE_BYTES, step.gpa % PAGE_BYTES
+            calls.append(Write(start, bytes(offset) + step.data))
+            for gpa in range(step.gpa, step.gpa + step.size_bytes, PAGE_BYTES):
+                length = min(PAGE_BYTES, step.gpa + step.size_bytes - gpa)
+                calls.append(Command("KVM_SEV_LAUNCH_UPDATE_DATA", {"uaddr": Hva(gpa), "len": length}, gpa))
+        calls += [Command("KVM_SEV_LAUNCH_UPDATE_VMSA")] if es else []
+        return [*calls, Command("KVM_SEV_LAUNCH_MEASURE", {"len": 48}), Command("KVM_SEV_LAUNCH_FINISH")]
+
+    return plan
+
+
+def _pages_of(gpa: int, size_bytes: int) -> tuple[int, int]:
+    """The whole pages that a range touches."""
+    start = gpa & -PAGE_BYTES
+    return start, -(-(gpa + size_bytes - start) // PAGE_BYTES) * PAGE_BYTES
+
+
+SNP = Launcher(
+    (
+        *_COMMON,
+        _option("policy", SNP_POLICY, "guest policy"),
+        _option("guest-features", _SNP_ACTIVE, "SEV_FEATURES of the save areas"),
+    ),
+    _snp,
+    watch_launch,
+)
+SEV_ES = Launcher(
+    (
+        *_COMMON,
+        _option("policy", ES_POLICY, "guest policy"),
+        _option("guest-features", 0, "SEV_FEATURES of the save areas"),
+    ),
+    _legacy(True),
+    watch_launch,
+)
+SEV = Launcher((*_COMMON, _option("policy", 0, "guest policy")), _legacy(False), watch_launch)
+"""Plain SEV measures no vCPU: their type and the VMM make no difference."""
