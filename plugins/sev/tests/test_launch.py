@@ -6,11 +6,11 @@ import hashlib
 import struct
 
 import pytest
-from sev_helpers import ALL_SECTIONS, RESET, firmware, record
+from sev_helpers import ALL_SECTIONS, RESET, firmware, record, snp_digest
 
 from cvmcore.errors import InputError
 from cvmcore_sev import launch
-from cvmcore_sev.hw import extend_launch_digest, measurement, page_contents
+from cvmcore_sev.hw import measurement, page_contents
 from cvmcore_sev.launch import LaunchStep
 
 # ---- self-checks (reference, section 7.5; cumulative) --------------------------------------------------------------
@@ -32,22 +32,10 @@ SELF_CHECK = [
 ]
 
 
-def digest(steps):
-    """LD by the firmware's arithmetic."""
-    ld = bytes(48)
-    for step in steps:
-        page_type = launch.PAGE_TYPES[step.kind]
-        data = step.data.ljust(step.size_bytes, b"\0")
-        for at in range(0, step.size_bytes, 4096):
-            gpa = step.gpa + at
-            ld = extend_launch_digest(ld, page_contents(data[at : at + 4096], page_type), page_type, gpa)
-    return ld
-
-
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_snp_digest_self_check(rows):
     steps = [step for some, _ in SELF_CHECK[:rows] for step in some]
-    assert digest(steps).hex() == SELF_CHECK[rows - 1][1]
+    assert snp_digest(steps).hex() == SELF_CHECK[rows - 1][1]
 
 
 def test_vmsa_self_check():
