@@ -30,8 +30,10 @@ def launch(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Launch a firmware image page by page, and print the launch digest. Options that a backend has no use for are
-    refused."""
+    """Launch a firmware image and print its digest.
+
+    Page by page through the model. An option that the backend has no use for is refused.
+    """
     from cvmcore.measured import difference, lines, read_steps
     from cvmcore.measured import launch as launch_image
     from cvmcore.outfile import OutFile
