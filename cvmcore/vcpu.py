@@ -480,7 +480,7 @@ class Vcpu:
         vm.host.meter.charge("vm_exit")
         if root.mirror:
             try:
-                vm.tables.topup(1)
+                self.tables.topup(1)
             except UapiError as error:
                 return Shutdown(error.errno, error.why)
         locks = vm.mmu_lock.covering(slice(gfn, gfn + 1, 1))
@@ -488,11 +488,11 @@ class Vcpu:
         found = root.level_at(gfn)
         stop = None
         if found > level:
-            stop = yield from vm.tdp.split(root, gfn, found)
+            stop = yield from vm.tdp.split(root, gfn, found, self.tables)
             if stop is None:
                 yield from vm.flush_tlbs(gfn & ~((1 << order_of(found)) - 1), (gfn | ((1 << order_of(found)) - 1)) + 1)
         yield from drop(locks)
-        vm.tables.give_back()
+        self.tables.give_back()
         if stop is not None and isinstance(stop.reason, Fatal):
             return Shutdown(stop.reason.errno, stop.reason.why)
         yield from self._enter()

@@ -75,8 +75,6 @@ class Vm:
         """Whether KVM_PRE_FAULT_MEMORY works yet; a vendor that seals an image first sets it at launch_finish."""
         self.fast_zap = not (caps.private_by_attribute or caps.mediated_root)
         """Memslot deletion zaps all direct roots (KVM_X86_QUIRK_SLOT_ZAP_ALL, default VM types)."""
-        self.tables = TableCache(host.frames)
-        """Table pages for what changes mappings outside a fault: splits, and image pages before the VM runs."""
         self.kicks = 0
 
         self.lock = Lock(f"vm{vm_id}.kvm_lock", 10)
@@ -352,15 +350,17 @@ class Vm:
         """kvm_tdp_mmu_map_private_pfn: map image pages, level 4K, before the VM runs. Anything but success is
         UapiError(EIO)."""
         root = self.tdp.root_for(True)
+        tables = TableCache(self.host.frames)
         if root.mirror:
-            self.tables.topup_walk(root, batch.gfns)
+            tables.topup_walk(root, batch.gfns)
         locks = self.mmu_lock.covering(batch.gfns)
         yield from read(locks)
-        linked, _ = yield from self.tdp.link_tables(root, PG_LEVEL_4K, batch.gfns)
+        linked, _ = yield from self.tdp.link_tables(root, PG_LEVEL_4K, batch.gfns, tables)
         free = linked == len(batch) and not np.count_nonzero(take(root.entries[PG_LEVEL_4K], batch.blocks))
         stop = None
         if free:
             stop = yield from self.tdp.map_leaves(root, batch, WRITABLE)
         yield from drop(locks)
+        tables.give_back()
         if not free or stop is not None:
             raise UapiError(errno.EIO, "kvm_tdp_mmu_map_private_pfn", f"gfn {first(batch.gfns):#x} could not be mapped")

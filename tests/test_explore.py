@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fakes import MIRROR
+from fakes import MIRROR, mirror
 
 from cvmcore.backend import Backend
 from cvmcore.backends.swprot import SWPROT
-from cvmcore.effects import Effect, Steps
+from cvmcore.effects import Effect, Steps, drain
 from cvmcore.errors import CvmError, InvariantViolation
 from cvmcore.guest import Machine
 from cvmcore.host import Host
@@ -31,7 +31,7 @@ from cvmcore.runner import load_profile_for
 from cvmcore.sched import Case, explore
 from cvmcore.testing.invariants import Checker
 from cvmcore.testing.state import fingerprint
-from cvmcore.types import PAGE_BYTES, RetPf, Shutdown
+from cvmcore.types import PAGE_BYTES, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, RetPf, Shutdown
 from cvmcore.vcpu import RETRY, Accept, Touch
 from cvmcore.vm import Vm
 
@@ -66,14 +66,14 @@ class World:
     seen: names of the effects that its actors come by.
     """
 
-    def __init__(self, backend: Backend, seen: Counter[str]) -> None:
-        self.host = Host(backend, load_profile_for(backend, None), nr_frames=1 << 10)
+    def __init__(self, backend: Backend, seen: Counter[str], pages: int = PAGES, **host: Any) -> None:
+        self.host = Host(backend, load_profile_for(backend, None), **{"nr_frames": 1 << 10, **host})
         self.checker = Checker.on(self.host, concurrent=True)
-        self.machine = Machine(self.host, PAGES * PAGE_BYTES, vcpus=2)
+        self.machine = Machine(self.host, pages * PAGE_BYTES, vcpus=2)
         self.machine.launch()
         self.vm: Vm = self.machine.vm.vm
         self.seen = seen
-        for vcpu in range(2):
+        for vcpu in range(2) if pages == PAGES else ():
             self.machine.guest.write(run(GFN + 1 + vcpu, 1), vcpu=vcpu)
 
     @property
@@ -94,10 +94,12 @@ class World:
 
     # ---- actors ----
 
-    def fault(self, vcpu: int) -> Steps[RetPf]:
+    def fault(self, vcpu: int, page: slice = PAGE, max_level: int = PG_LEVEL_1G) -> Steps[RetPf]:
         """The fault path alone, for a write to GFN, until it need not be tried again."""
         while True:
-            found = yield from resolve(self.vm, self.machine.vcpus[vcpu].vcpu, PAGE, True, True)
+            found = yield from resolve(
+                self.vm, self.machine.vcpus[vcpu].vcpu, page, True, True, max_level=max_level
+            )
             if found.ret is not RetPf.RETRY:
                 return found.ret
             yield RETRY
@@ -268,6 +270,52 @@ def test_writer_against_punch(name: str) -> None:
     assert outcomes["kept"] and outcomes["lost"]
     if backend.name == "tdx":
         assert outcomes["dead"]
+
+
+# ---- large and small pages of one block ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [SWPROT, MIRROR], ids=lambda backend: backend.name)
+def test_a_large_and_a_small_fault_in_one_block(backend: Backend) -> None:
+    """Whoever is second finds what the first has mapped. A mirror keeps it: its guest's pages are not lost."""
+    levels: set[int] = set()
+
+    def make() -> Case:
+        world = World(backend, Counter(), 1024, nr_frames=1 << 12, backing="2m")
+
+        def check(results: list[Any]) -> None:
+            assert set(results) <= {RetPf.FIXED, RetPf.SPURIOUS, RetPf.RETRY}
+            levels.add(world.vm.tdp.root_for(True).level_at(1))
+
+        small = resolve(world.vm, world.machine.vcpus[1].vcpu, run(1, 1), True, True, max_level=PG_LEVEL_4K)
+        return world.case({"large": world.fault(0, run(0, 1)), "small": ret_of(small)}, check)
+
+    explore(make, interruptions=1)
+
+    # A direct root has the size that came last: a split, or the large leaf in the table's place.
+    assert levels == {PG_LEVEL_4K, PG_LEVEL_2M}
+
+
+def ret_of(steps: Steps[Any]) -> Steps[RetPf]:
+    """How a fault ended that is not tried again."""
+    return (yield from steps).ret
+
+
+def test_conversion_against_an_accept_that_splits() -> None:
+    """Both split a page of the mirror; each has brought its own table page."""
+    backend = mirror(zap_destroys_content=True, needs_accept=True, fault_tells_accept_level=True)
+
+    def make() -> Case:
+        world = World(backend, Counter(), 1024, nr_frames=1 << 12, backing="2m")
+        world.machine.guest.accept(run(512, 1, 512), level=PG_LEVEL_2M)
+        drain(world.fault(0, run(0, 1)))
+        actors = {
+            "vmm": world.machine.set_private.steps(run(600, 1), False),
+            "vcpu1": world.machine.vcpus[1].run.steps(Accept(PAGE)),
+        }
+        return world.case(actors, lambda results: None)
+
+    explore(make, interruptions=1)
 
 
 # ---- the explorer finds what is broken ------------------------------------------------------------------------------

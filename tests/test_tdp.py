@@ -15,7 +15,7 @@ from cvmcore.backends.default import DEFAULT
 from cvmcore.backends.swprot import SWPROT
 from cvmcore.effects import FAULT_COMMIT, FAULT_FREEZE, FAULT_HOOK, Effect, Steps, drain
 from cvmcore.errors import UapiError
-from cvmcore.mem.tdp import FRAME_SHIFT, FROZEN, PRESENT, TABLE, WRITABLE, Root
+from cvmcore.mem.tdp import FRAME_SHIFT, FROZEN, PRESENT, TABLE, WRITABLE, Root, TableCache
 from cvmcore.pages import array_of, contiguous, run, sort_unique, words_of
 from cvmcore.types import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, Batch, Fatal, Filter, Retry, Use, Walk
 
@@ -269,8 +269,9 @@ def test_split_of_a_mirror_leaf_keeps_content() -> None:
     box = Box(MIRROR, 1024, backing="2m")
     box.touch(slice(512, 1024, 1))
 
-    box.vm.tables.topup(1)
-    assert drain(box.vm.tdp.split(box.root(), 512, 2)) is None
+    cache = TableCache(box.host.frames)
+    cache.topup(1)
+    assert drain(box.vm.tdp.split(box.root(), 512, 2, cache)) is None
 
     box.check_mirror()
     assert box.read(sel(512, 777, 1023)) == [1512, 1777, 2023]
@@ -285,8 +286,9 @@ def test_a_refused_split_keeps_the_huge_leaf(reason: Any) -> None:
     tables = box.host.frames.outstanding()[Use.TABLE]
     box.hw.refuse("split_private_spt", 1, 0, reason)
 
-    box.vm.tables.topup(1)
-    stop = drain(box.vm.tdp.split(box.root(), 512, 2))
+    cache = TableCache(box.host.frames)
+    cache.topup(1)
+    stop = drain(box.vm.tdp.split(box.root(), 512, 2, cache))
 
     assert stop is not None
     assert stop.reason == reason

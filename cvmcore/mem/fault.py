@@ -459,6 +459,12 @@ def _map_mixed(
         batch, words, ret = batch.part(0, n), words[:n], RetPf.RETRY
     tables = (words & np.uint32(TABLE)) != 0
     if np.count_nonzero(tables):
+        if root.mirror:
+            # Another vCPU has linked it since the level was chosen. The next fault goes on to smaller pages.
+            n = int(np.argmax(tables))
+            if n == 0:
+                return None, 0, RetPf.RETRY
+            batch, words, tables, ret = batch.part(0, n), words[:n], tables[:n], RetPf.RETRY
         # A direct root: the subtree goes, the large leaf takes its place, and everybody is flushed. A mediated one:
         # what is mapped there is taken back first.
         for i in np.flatnonzero(tables).tolist():

@@ -14,7 +14,7 @@ from cvmcore.effects import INVALIDATE_END, INVALIDATE_START, INVALIDATE_STORE, 
 from cvmcore.errors import UapiError
 from cvmcore.mem.contract import Cause
 from cvmcore.mem.mmulock import drop, read, write
-from cvmcore.mem.tdp import Root, Stop
+from cvmcore.mem.tdp import Root, Stop, TableCache
 from cvmcore.pages import count
 from cvmcore.types import PG_LEVEL_1G, PG_LEVEL_2M, Fatal, Filter, order_of, pages_per_level
 
@@ -46,12 +46,13 @@ def begin(
     span = blocks or (low, high)
     locks = vm.mmu_lock.covering(slice(*span, 1))
     roots = vm.tdp.roots(kinds, invalid=True)
+    tables = TableCache(vm.host.frames)
     while True:
         # Tables for the splits are taken before the lock; what must be split may change until it is held.
         mirrors = [root for root in roots if root.mirror and vm.caps.zap_destroys_content]
-        vm.tables.topup(sum(splits(root, r[1], r[2]) for root in mirrors for r in ranges))
+        tables.topup(sum(splits(root, r[1], r[2]) for root in mirrors for r in ranges))
         yield from write(locks)
-        if sum(splits(root, r[1], r[2]) for root in mirrors for r in ranges) <= count(vm.tables.spare):
+        if sum(splits(root, r[1], r[2]) for root in mirrors for r in ranges) <= count(tables.spare):
             break
         yield from drop(locks)
     vm.frame.add(*span)
@@ -60,11 +61,11 @@ def begin(
     for root in roots:
         if vm.caps.zap_destroys_content and root.external:
             for _, start, end in ranges:
-                stop = yield from split_edges(vm, root, start, end)
+                stop = yield from split_edges(vm, root, start, end, tables)
                 if stop is not None:
                     vm.frame.drop(*span)
                     yield from drop(locks)
-                    vm.tables.give_back()
+                    tables.give_back()
                     error = stop.reason.errno if isinstance(stop.reason, Fatal) else errno.EAGAIN
                     raise UapiError(error, "split", "a huge page at the edge of the range could not be split")
     zapped = 0
@@ -81,7 +82,7 @@ def begin(
     if callback is not None:
         yield from callback
     yield from drop(locks)
-    vm.tables.give_back()
+    tables.give_back()
     return zapped
 
 
@@ -120,13 +121,13 @@ def splits(root: Root, start: int, end_gfn: int) -> int:
     })
 
 
-def split_edges(vm: Vm, root: Root, start: int, end_gfn: int) -> Steps[Stop | None]:
+def split_edges(vm: Vm, root: Root, start: int, end_gfn: int, tables: TableCache) -> Steps[Stop | None]:
     """Split the huge leaves that straddle the edges of [start, end): at most two blocks per level, larger first."""
     for level in (PG_LEVEL_1G, PG_LEVEL_2M):
         size = pages_per_level(level)
         for edge in (start, end_gfn):
             if edge & (size - 1) and root.level_at(edge) == level:
-                stop: Stop | None = yield from vm.tdp.split(root, edge & ~(size - 1), level)
+                stop: Stop | None = yield from vm.tdp.split(root, edge & ~(size - 1), level, tables)
                 if stop is not None:
                     return stop
     return None

@@ -385,11 +385,12 @@ class Tdp:
     # ---- installing -------------------------------------------------------------------------------------------
 
     def link_tables(
-        self, root: Root, level: int, gfns: Sel, cache: TableCache | None = None
+        self, root: Root, level: int, gfns: Sel, cache: TableCache
     ) -> Steps[tuple[int, Retry | Fatal | None]]:
-        """Make sure that tables stand above `level` for all gfns, parents first; a direct huge leaf in the way is
+        """Make sure that tables stand above `level` for all gfns, parents first. A direct huge leaf in the way is
         split, one of a mediated root zapped: its small pages fault in again. Returns how many leading gfns may go on,
-        and why not more (RETRY: frozen, or the hook was busy)."""
+        and why not more (RETRY: frozen, the hook was busy, or a huge leaf of a mirror, which another vCPU mapped since
+        this one missed)."""
         n = count(gfns)
         reason: Retry | Fatal | None = None
         if root.tabled(level, gfns):
@@ -403,15 +404,17 @@ class Tdp:
             if tables == len(words):
                 continue
             if np.count_nonzero((words & _LEAF) == PRESENT):
-                for at in array_of(where(index, (words & _LEAF) == PRESENT)).tolist():
-                    if root.external and not root.flat:
-                        raise InvariantViolation(
-                            "a fault met a huge leaf above its level in a mirror root", gfn=at << order_of(above)
-                        )
-                    if root.flat:
-                        yield from self._zap(root, self._slot_at(at << order_of(above)), above, slice(at, at + 1, 1))
-                    else:
-                        yield from self.split(root, at << order_of(above), above)
+                huge = where(index, (words & _LEAF) == PRESENT)
+                if root.mirror:
+                    n, reason = _before(gfns, first(huge), order_of(above), n), Retry()
+                    index = blocks(part(gfns, 0, n), order_of(above))
+                else:
+                    for at in array_of(huge).tolist():
+                        if root.flat:
+                            slot = self._slot_at(at << order_of(above))
+                            yield from self._zap(root, slot, above, slice(at, at + 1, 1))
+                        else:
+                            yield from self.split(root, at << order_of(above), above)
                 words = take(root.entries[above], index)
             if np.count_nonzero(words == FROZEN):
                 bad = first(where(index, words == FROZEN))
@@ -420,7 +423,7 @@ class Tdp:
                 words = take(root.entries[above], index)
             absent = index if not np.count_nonzero(words) else where(index, words == 0)
             if count(absent):
-                stop = yield from self._link(root, above, absent, cache or self.vm.tables)
+                stop = yield from self._link(root, above, absent, cache)
                 if stop is not None:
                     bad = first(part(absent, stop.done, stop.done + 1))
                     n, reason = _before(gfns, bad, order_of(above), n), stop.reason
@@ -492,11 +495,11 @@ class Tdp:
 
     # ---- changing size ----------------------------------------------------------------------------------------
 
-    def split(self, root: Root, gfn: int, level: int) -> Steps[Stop | None]:
+    def split(self, root: Root, gfn: int, level: int, cache: TableCache | None = None) -> Steps[Stop | None]:
         """A huge leaf becomes a table of 512 leaves of the same frames (tdp_mmu_split_huge_page).
 
-        Direct root: both views translate alike, so nothing is flushed. Mirror: the hook demotes; on failure the huge
-        leaf stays and the reason is returned (mmu_lock held for write).
+        Direct root: both views translate alike, so nothing is flushed. Mirror: the hook demotes with a table page from
+        the cache; on failure the huge leaf stays and the reason is returned (mmu_lock held for write).
         """
         order, at = order_of(level), gfn >> order_of(level)
         word = int(root.entries[level][at])
@@ -507,7 +510,8 @@ class Tdp:
         small = words_of(slice(pfn, pfn + 512 * size, size), word & (PRESENT | WRITABLE | DIRTY))
         tables: Sel = EMPTY
         if root.mirror:
-            tables = self.vm.tables.take(1)
+            assert cache is not None
+            tables = cache.take(1)
         stop: Stop | None = yield from self.set_entry(
             root,
             level,

@@ -170,8 +170,7 @@ class State:
             for level in range(PG_LEVEL_2M, TOP + 1):
                 words = root.entries[level]
                 found.append((words[words & np.uint32(TABLE) != 0] >> np.uint32(FRAME_SHIFT)).astype(np.int64))
-        caches = [self.vm.tables, *(vcpu.tables for vcpu in self.vm.vcpus)]
-        found += [array_of(cache.spare) for cache in caches]
+        found += [array_of(vcpu.tables.spare) for vcpu in self.vm.vcpus]
         return np.concatenate(found)
 
     # ---- slots and attributes ---------------------------------------------------------------------------------
