@@ -487,21 +487,27 @@ class VmFd:
             raise bad(f"slot {clash[0].id} is already at gfn {clash[0].base_gfn:#x}", errno.EEXIST)
         new = Memslot(slot, base, npages, hva, flags)
         if flags & KVM_MEM_GUEST_MEMFD:
-            self._bind(new, gmem_fd, gmem_offset, call)
-        alias = caps.shared_gfn_bit
-        if base + npages > (alias or MAX_GFN):
-            raise bad("above the highest gfn, or a gfn with the alias bit")
-        if old is not None:
-            self._may_change(old, call) if change is Change.MOVE else None
-            new.arch, new.lpage, new.dirty = old.arch, old.lpage, old.dirty
-        yield from vm.set_memslot(old, new, change)
+            yield from self._bind(new, gmem_fd, gmem_offset, call)
+        try:
+            if base + npages > (caps.shared_gfn_bit or MAX_GFN):
+                raise bad("above the highest gfn, or a gfn with the alias bit")
+            if old is not None:
+                self._may_change(old, call) if change is Change.MOVE else None
+                new.arch, new.lpage, new.dirty = old.arch, old.lpage, old.dirty
+            yield from vm.set_memslot(old, new, change)
+        except UapiError:
+            if new.gmem is not None:
+                yield new.gmem.inode.invalidate_lock.write
+                new.gmem.unbind(new)
+                yield new.gmem.inode.invalidate_lock.release
+            raise
 
     def _may_change(self, slot: Memslot, call: str) -> None:
         if self.vm.caps.memslots_fixed_after_run and self.vm.has_run:
             raise UapiError(errno.EPERM, call, "this VM type fixes its memslots once a vCPU has run")
 
-    def _bind(self, new: Memslot, fd: int, offset: int, call: str) -> None:
-        """kvm_gmem_bind: checks only; the binding itself is made with the slot."""
+    def _bind(self, new: Memslot, fd: int, offset: int, call: str) -> Steps[None]:
+        """kvm_gmem_bind: a hole that is being punched sees the binding from its begin to its end, or not at all."""
         file = self.process.files.get(fd)
         if fd in self.process.other_fds:
             raise UapiError(errno.EINVAL, call, f"descriptor {fd} is not a guest_memfd's")
@@ -512,11 +518,14 @@ class VmFd:
         start = offset // PAGE_BYTES
         if start + new.npages > file.inode.npages:
             raise UapiError(errno.EINVAL, call, "the range is not within the guest_memfd")
+        yield file.inode.invalidate_lock.write
         if file.bound(start, new.npages):
             error = errno.EINVAL if self.vm.host.kernel == "6.18" else errno.EEXIST
             raise UapiError(error, call, "the guest_memfd range is already bound")
         new.gmem, new.gmem_pgoff = file, start
         new.gmem_only = bool(file.inode.flags & GUEST_MEMFD_FLAG_MMAP)
+        file.bind(new)
+        yield file.inode.invalidate_lock.release
 
     @operation
     @_call("KVM_GET_DIRTY_LOG")

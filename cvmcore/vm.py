@@ -160,11 +160,12 @@ class Vm:
             if old is not None:
                 old.invalid = False
             raise
+        # No invalidation by hva may see one set of slots where it begins and another where it ends.
+        yield self.notifier_count.write
         self.slots.replace(old, new)
+        yield self.notifier_count.release
         yield self.srcu.write
         yield self.srcu.release
-        if new is not None and new.gmem is not None and change is Change.CREATE:
-            new.gmem.bind(new)
         if change is Change.FLAGS_ONLY:
             assert old is not None and new is not None
             yield from self._apply_flags(old, new)
@@ -191,7 +192,9 @@ class Vm:
                 slot.lpage = {}
                 slot.alloc_lpage_info()
                 self.attributes.init_slot(slot)
-            if slot.logs_dirty and slot.dirty is None:
+            if not slot.logs_dirty:
+                slot.dirty = None
+            elif slot.dirty is None:
                 slot.dirty = zeros(slot.npages, np.uint8)
         except MemoryError:
             raise UapiError(errno.ENOMEM, "KVM_SET_USER_MEMORY_REGION2", "no memory for the slot's tables") from None
@@ -222,7 +225,6 @@ class Vm:
                 yield from self.flush_tlbs(new.base_gfn, new.end_gfn)
             yield from drop(locks)
         elif old.logs_dirty and not new.logs_dirty:
-            new.dirty = None
             yield from read(locks)
             yield from self._recover(root, new)
             yield from drop(locks)
@@ -275,11 +277,15 @@ class Vm:
     def unmap_hva_range(self, hva_page: int, n: int, take_away: Steps[None]) -> Steps[None]:
         """The mmu notifier: the host takes pages of the VMM away; shared mappings go, guest_memfd has no hva. Without a
         mirror private mappings of these gfns go too, and fault in again."""
-        ranges = self.slots.in_hva_range(hva_page, n)
-        if not self.caps.honours_notifiers or self.destroyed or not ranges:
+        if not self.caps.honours_notifiers or self.destroyed:
             yield from take_away
             return
         yield self.notifier_count.read
+        ranges = self.slots.in_hva_range(hva_page, n)
+        if not ranges:
+            yield from take_away
+            yield self.notifier_count.release
+            return
         kinds = self.host.contract.kinds(Cause.NOTIFIER, Filter.SHARED)
         callback = invalidate.callback_of(self, ranges, Cause.NOTIFIER)
         zapped = yield from invalidate.begin(self, ranges, kinds, callback=callback)

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fakes import MIRROR, mirror
+from fakes import MIRROR, PUNCH, mirror
 
 from cvmcore.backend import Backend
+from cvmcore.backends.default import DEFAULT
 from cvmcore.backends.swprot import SWPROT
 from cvmcore.effects import Effect, Steps, drain
 from cvmcore.errors import CvmError, InvariantViolation
@@ -31,7 +32,16 @@ from cvmcore.runner import load_profile_for
 from cvmcore.sched import Case, explore
 from cvmcore.testing.invariants import Checker
 from cvmcore.testing.state import fingerprint
-from cvmcore.types import PAGE_BYTES, PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, RetPf, Shutdown
+from cvmcore.types import (
+    KVM_MEM_GUEST_MEMFD,
+    KVM_MEMORY_ATTRIBUTE_PRIVATE,
+    PAGE_BYTES,
+    PG_LEVEL_1G,
+    PG_LEVEL_2M,
+    PG_LEVEL_4K,
+    RetPf,
+    Shutdown,
+)
 from cvmcore.vcpu import RETRY, Accept, Touch
 from cvmcore.vm import Vm
 
@@ -316,6 +326,55 @@ def test_conversion_against_an_accept_that_splits() -> None:
         return world.case(actors, lambda results: None)
 
     explore(make, interruptions=1)
+
+
+# ---- memslots come and go -----------------------------------------------------------------------------------------
+
+
+HIGH = run(1 << 18, PAGES)
+"""Where another slot is made meanwhile."""
+
+
+def new_slot_and_use(world: World, flags: int, hva: int, fd: int, private: bool) -> Steps[Any]:
+    """The VMM makes a slot at HIGH, and a vCPU writes its page GFN."""
+    gpa, size = HIGH.start * PAGE_BYTES, PAGES * PAGE_BYTES
+    yield from world.machine.vm.set_user_memory_region2.steps(2, flags, gpa, size, hva, fd, 0)
+    page = run(HIGH.start + GFN, 1)
+    return (yield from world.machine.vcpus[0].run.steps(Touch(page, write=True, private=private, stamps=STAMP)))
+
+
+def test_punch_against_bind() -> None:
+    """The hole keeps the bindings as they are until it is through; who is bound later maps new memory."""
+
+    def make() -> Case:
+        world = World(SWPROT, Counter())
+        machine, size = world.machine, PAGES * PAGE_BYTES
+        machine.guest.write(PAGE)
+        fd = machine.regions[0].gmem_fd
+        machine.vm.set_user_memory_region2(0, 0, 0, 0)
+        machine.vm.set_memory_attributes(HIGH.start * PAGE_BYTES, size, KVM_MEMORY_ATTRIBUTE_PRIVATE)
+        hole = machine.process.fallocate.steps(fd, PUNCH, GFN * PAGE_BYTES, PAGE_BYTES)
+        use = new_slot_and_use(world, KVM_MEM_GUEST_MEMFD, 0, fd, True)
+        return world.case({"vmm": hole, "vcpu0": use}, nothing_left)
+
+    explore(make, interruptions=1)
+
+
+def test_notifier_against_a_new_slot() -> None:
+    """Slots are the same from an invalidation's begin to its end: a new one waits, and maps what is there then."""
+
+    def make() -> Case:
+        world = World(DEFAULT, Counter())
+        hva = world.machine.regions[0].hva
+        gone = world.machine.process.madvise_dontneed.steps(hva, PAGES * PAGE_BYTES)
+        return world.case({"host": gone, "vcpu0": new_slot_and_use(world, 0, hva, -1, False)}, nothing_left)
+
+    explore(make, interruptions=1)
+
+
+def nothing_left(results: list[Any]) -> None:
+    """Both came to their end without an exit or an error."""
+    assert results == [None, None]
 
 
 # ---- the explorer finds what is broken ------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from cvmcore.backends.swprot import SWPROT
 from cvmcore.errors import UapiError
 from cvmcore.mem.slots import Memslot, Memslots
 from cvmcore.pages import Sel, array_of, part, sort_unique
-from cvmcore.types import PG_LEVEL_1G, PG_LEVEL_2M
+from cvmcore.types import KVM_MEM_LOG_DIRTY_PAGES, PG_LEVEL_1G, PG_LEVEL_2M
 
 GUEST_MEMFD = 4
 
@@ -279,6 +279,17 @@ def test_ending_the_log_brings_large_pages_back() -> None:
     assert box.read(slice(598, 602, 1)) == [1598, 1599, 1600, 1601]
     assert box.vm.slots.by_id[0].dirty is None
     assert box.host.meter.counts["hugepage_merge"] == 2
+
+
+def test_a_move_may_end_the_log() -> None:
+    box = Box(DEFAULT, 8)
+    hva = box.process.mmap(4 * PAGE)
+    box.fd.set_user_memory_region2(1, KVM_MEM_LOG_DIRTY_PAGES, 1 << 30, 4 * PAGE, hva)
+
+    box.fd.set_user_memory_region2(1, 0, 1 << 31, 4 * PAGE, hva)
+
+    with pytest.raises(UapiError, match="ENOENT"):
+        box.fd.get_dirty_log(1)
 
 
 def test_a_recovered_page_keeps_its_rights() -> None:
