@@ -9,6 +9,11 @@ from __future__ import annotations
 import errno as _errno
 
 
+def errno_name(error: int) -> str:
+    """The kernel's name of an errno; its number where it has none."""
+    return {_errno.EOPNOTSUPP: "EOPNOTSUPP", 133: "EHWPOISON"}.get(error) or _errno.errorcode.get(error, str(error))
+
+
 class CvmError(Exception):
     """Base of everything that is expected in normal operation."""
 
@@ -32,7 +37,7 @@ class UapiError(CvmError):
     """
 
     def __init__(self, errno: int, call: str, why: str) -> None:
-        super().__init__(f"{call}: -{_errno.errorcode.get(errno, str(errno))}: {why}")
+        super().__init__(f"{call}: -{errno_name(errno)}: {why}")
         self.errno = errno
         self.call = call
         self.why = why

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cvmcore.errors import InputError, UapiError
+from cvmcore.errors import InputError, UapiError, errno_name
 from cvmcore.host import Host
 from cvmcore.mem.gmem import UPTODATE, GmemFile
 from cvmcore.memory import ZERO
@@ -35,23 +35,28 @@ FEW_PAGES = 4096
 """So many allocated pages of a file are compared one by one; of more only their number."""
 
 
-def status_of(error: int) -> str:
-    """The name of an errno."""
-    return errno.errorcode.get(error, {133: "EHWPOISON"}.get(error, str(error)))
-
-
-def model_front(
+def model_fronts(
     backend: str, *, kernel: str = "6.18", backing: str = "4k", options: dict[str, str] | None = None,
     policies: dict[str, str] | None = None, observers: Iterable[object] = (),
-) -> ModelFront:  # fmt: skip
-    """A front on a fresh host, by the backend's name. Raises InputError, PluginError."""
+) -> Callable[[], ModelFront]:  # fmt: skip
+    """What makes fronts, each on a fresh host, by the backend's name. Raises InputError, PluginError."""
     chosen = load_backend(backend)
-    return ModelFront(
-        Host(
-            chosen, load_profile_for(chosen, None), kernel=kernel, backing=backing, options=options, policies=policies,
-            observers=observers,
-        )
-    )  # fmt: skip
+    profile = load_profile_for(chosen, None)
+
+    def make() -> ModelFront:
+        return ModelFront(
+            Host(
+                chosen, profile, kernel=kernel, backing=backing, options=options, policies=policies,
+                observers=observers,
+            )
+        )  # fmt: skip
+
+    return make
+
+
+def model_front(backend: str, **how: Any) -> ModelFront:
+    """One front on a fresh host; as `model_fronts`."""
+    return model_fronts(backend, **how)()
 
 
 class ModelFront:
@@ -71,7 +76,7 @@ class ModelFront:
         try:
             return {"status": "OK", **(do(**arguments) or {})}
         except UapiError as error:
-            return {"status": status_of(error.errno), "why": error.why}
+            return {"status": errno_name(error.errno), "why": error.why}
 
     def state(self, fd: int) -> dict[str, Any] | None:
         """What stands in the guest_memfd behind a descriptor."""
@@ -92,8 +97,11 @@ class ModelFront:
         return found
 
     def close(self) -> None:
-        """The process ends."""
+        """The process ends; another may begin on the same host."""
         self.process.exit()
+        self.process = Process(self.host)
+        self.open.clear()
+        self.holders.clear()
 
     # ---- descriptors ------------------------------------------------------------------------------------------
 
@@ -230,7 +238,7 @@ class ModelFront:
         leave = vcpu.run(action)
         answer: Answer = {"done": action.done}
         if isinstance(leave, MemoryFault | Shutdown):
-            answer["status"] = status_of(leave.errno)
+            answer["status"] = errno_name(leave.errno)
         if isinstance(leave, Shutdown):
             answer["why"] = leave.why
         elif leave is not None:
@@ -268,7 +276,7 @@ class ModelFront:
         self._refuse(fd, "write", errno.EINVAL)
 
     def _lseek(self, fd: int, offset: int, whence: int) -> None:
-        self._refuse(fd, "lseek", errno.ESPIPE)
+        self._refuse(fd, "lseek", errno.ESPIPE if 0 <= whence <= 4 else errno.EINVAL)
 
     def _ftruncate(self, fd: int, size: int) -> None:
         if size < 0:

@@ -157,17 +157,24 @@ class Process:
 
     def mmap(self, size_bytes: int) -> int:
         """Anonymous memory, backed as the host backs (4K or 2M pages). Returns the hva."""
-        if size_bytes <= 0:
-            raise UapiError(errno.EINVAL, "mmap", "the length is 0")
+        self._length(size_bytes)
         return self.mm.map(-(-size_bytes // PAGE_BYTES), self.host.backing_level)
+
+    @staticmethod
+    def _length(size_bytes: int) -> None:
+        if size_bytes == 0:
+            raise UapiError(errno.EINVAL, "mmap", "the length is 0")
+        if not 0 < size_bytes <= TASK_SIZE:
+            raise UapiError(errno.ENOMEM, "mmap", f"no room for {size_bytes:#x} bytes")
 
     def mmap_gmem(self, fd: int, offset: int, size_bytes: int, shared: bool = True) -> int:
         """Map a guest_memfd. ENODEV without FLAG_MMAP, EINVAL unless MAP_SHARED or where misaligned."""
         if offset & PAGE_MASK:
             raise UapiError(errno.EINVAL, "mmap", "the offset must be a whole page")
         file = self._file(fd, "mmap")
-        if size_bytes <= 0:
-            raise UapiError(errno.EINVAL, "mmap", "the length is 0")
+        self._length(size_bytes)
+        if offset % (1 << 64) >= (1 << 63) - size_bytes:
+            raise UapiError(errno.EOVERFLOW, "mmap", "beyond what a file can have")
         if not file.inode.flags & GUEST_MEMFD_FLAG_MMAP:
             raise UapiError(errno.ENODEV, "mmap", "the guest_memfd was made without GUEST_MEMFD_FLAG_MMAP")
         if not shared:

@@ -16,6 +16,7 @@ A `Script` is the calls by name; it turns names into numbers and hands each call
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
@@ -29,8 +30,8 @@ Number: TypeAlias = int | str
 Fd: TypeAlias = int | str
 Address: TypeAlias = int | str
 
-NOWHERE = 0x10_0000
-"""What stands for the address of a mapping that failed: low memory, where neither front ever maps anything."""
+NOWHERE = 0x1F00_0000_0000
+"""What stands for the address of a mapping that failed: a place where neither front ever maps anything."""
 MOST_PAGES = 1 << 18
 """Pages of one guest or host access: 1 GiB."""
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -51,7 +52,7 @@ class Front(Protocol):
         may read them."""
 
     def close(self) -> None:
-        """The process ends."""
+        """The process ends, with all that it had; the next call is another's."""
 
 
 def number(value: Number, what: str) -> int:
@@ -75,6 +76,12 @@ def runs_of(values: Iterable[int]) -> list[list[int]]:
     return runs
 
 
+def recorded(op: str, arguments: Mapping[str, Any], answer: Answer) -> str:
+    """The line of a recorded script: the call, and its answer."""
+    kept = {name: value for name, value in answer.items() if name != "op"}
+    return json.dumps({"op": op, **arguments, "answer": kept})
+
+
 class Script:
     """The calls of a script by name; their signatures are its schema. `front` does them."""
 
@@ -90,10 +97,18 @@ class Script:
 
     def play(self, lines: Iterable[str], source: str) -> Iterator[Answer]:
         """Do a script line by line: `line`, `op` and what the call answered. InputError names file and line."""
+        for answer, _ in self.play_recording(lines, source, states=False):
+            yield answer
+
+    def play_recording(self, lines: Iterable[str], source: str, states: bool) -> Iterator[tuple[Answer, str]]:
+        """As `play`, with `state` behind each call where asked for; and the line of a recorded script."""
         for line, op, arguments in read(lines, source):
             with located(source, line):
+                arguments.pop("answer", None)
                 answer = self.do(op, arguments)
-            yield {"line": line, **answer}
+                if states:
+                    answer["state"] = self.state()
+            yield {"line": line, **answer}, recorded(op, arguments, answer)
 
     def do(self, op: str, arguments: Mapping[str, Any]) -> Answer:
         """One call, its arguments checked. Raises InputError."""
@@ -282,6 +297,13 @@ class Script:
             self.files.pop(fd, None)
         return answer
 
+    def exit(self) -> Answer:
+        """The process ends, with all that it had; the lines behind are another's, and have no names yet."""
+        self.front.close()
+        for names in (self.fds, self.files, self.addresses):
+            names.clear()
+        return {"status": "OK"}
+
     def memory_failure(self, fd: Fd, offset: Number) -> Answer:
         """The hardware reports a broken page of a guest_memfd. The model only: a real machine keeps its memory."""
         return self._do("memory_failure", fd=self._fd(fd), offset=number(offset, "offset"))
@@ -375,7 +397,7 @@ class Script:
         return range(at >> 12, (at >> 12) + _counted(pages))
 
 
-_NO_CALLS = frozenset({"play", "do", "state"})
+_NO_CALLS = frozenset({"play", "play_recording", "do", "state"})
 
 
 def _named(name: str) -> None:

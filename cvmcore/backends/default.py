@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cvmcore.backend import Backend
+from cvmcore.backend import Backend, Option
 from cvmcore.hookspecs import API_VERSION, hookimpl
 from cvmcore.types import PG_LEVEL_1G, Capabilities
 
@@ -17,6 +17,7 @@ class Default:
     def capabilities(self, vm_type: str, options: dict[str, Any]) -> Capabilities:
         return Capabilities(
             gmem_init_shared=True,
+            prefault=options["prefault"] == "yes",
             max_private_level=PG_LEVEL_1G,
             converts_in_place=True,
             conversion_keeps_content=True,
@@ -32,4 +33,7 @@ DEFAULT = Backend(
     make=Default,
     profile=Path(__file__).with_name("default.toml"),
     kvm_type=0,
+    options=(
+        Option("prefault", "yes", "whether the host has KVM_PRE_FAULT_MEMORY: no with shadow paging", ("yes", "no")),
+    ),
 )

@@ -15,11 +15,12 @@ import typer
 from cvmcore import __version__
 from cvmcore.cli.explaining import explain
 from cvmcore.cli.installed import backends, hooks, workloads
+from cvmcore.cli.kernels import diff_fuzz, uapi
 from cvmcore.cli.launching import launch
 from cvmcore.cli.measuring import bench
 from cvmcore.cli.output import BAD_INPUT, INTERRUPTED, WRONG, complain, forget_output
 from cvmcore.cli.running import compare, run
-from cvmcore.cli.scripts import hw, uapi
+from cvmcore.cli.scripts import hw
 from cvmcore.cli.studies import study
 from cvmcore.errors import CvmError
 
@@ -73,5 +74,5 @@ def root(
         typer.echo(context.get_help())
 
 
-for command in (backends, workloads, hooks, run, compare, study, launch, hw, uapi, explain, bench):
+for command in (backends, workloads, hooks, run, compare, study, launch, hw, uapi, diff_fuzz, explain, bench):
     app.command()(command)

@@ -1,4 +1,4 @@
-"""`cvm hw`, `cvm uapi`: scripts, JSON lines in and JSON lines out."""
+"""`cvm hw`, and what it shares with `cvm uapi`: scripts, JSON lines in and JSON lines out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cvmcore.cli.arguments import BackendOptions, Backing, Kernel, Policies, parse_pairs
 from cvmcore.cli.output import dump, say, say_json, table
 from cvmcore.errors import InputError
 
@@ -37,49 +36,15 @@ def hw(
 
     operations = load_hardware(name)
     if script is None:
-        _show_operations(operations, as_json)
+        show_operations(operations, as_json)
         return
-    with _reading(script) as lines:
+    with reading(script) as lines:
         for answer in play(operations, lines, "standard input" if script == "-" else script):
             say_json(json.dumps(answer))
 
 
-def uapi(
-    script: Annotated[
-        str | None, typer.Argument(metavar="SCRIPT", help="JSON lines; - is standard input; without: what there is.")
-    ] = None,
-    backend: Annotated[str, typer.Option("--backend", metavar="NAME", help="See `cvm backends`.")] = "default",
-    option: BackendOptions = [],  # noqa: B006
-    policy: Policies = [],  # noqa: B006
-    backing: Backing = "4k",
-    kernel: Kernel = "6.18",
-    state: Annotated[
-        bool, typer.Option("--state", help="Behind each call, what stands in the guest_memfd files.")
-    ] = False,
-    as_json: Listing = False,
-) -> None:
-    """Do what a VMM and its guest do, line by line.
-
-    One call a line, one answer a line (docs/live.md). Without a script: the calls.
-    """
-    import json
-
-    from cvmcore.modelfront import model_front
-    from cvmcore.uapiscript import Script
-
-    options, policies = parse_pairs(option, "-o"), parse_pairs(policy, "-p")
-    front = model_front(backend, kernel=kernel, backing=backing, options=options, policies=policies)
-    play = Script(front)
-    if script is None:
-        _show_operations(play.operations, as_json)
-        return
-    with _reading(script) as lines:
-        for answer in play.play(lines, "standard input" if script == "-" else script):
-            say_json(json.dumps(answer | {"state": play.state()} if state else answer))
-    front.close()
-
-
-def _show_operations(operations: Mapping[str, Operation], as_json: bool) -> None:
+def show_operations(operations: Mapping[str, Operation], as_json: bool) -> None:
+    """What there is, with arguments."""
     from cvmcore.script import described
 
     rows = described(operations)
@@ -89,7 +54,7 @@ def _show_operations(operations: Mapping[str, Operation], as_json: bool) -> None
         say(table(("operation", "arguments", "what it does"), rows))
 
 
-def _reading(path: str) -> AbstractContextManager[Iterable[str]]:
+def reading(path: str) -> AbstractContextManager[Iterable[str]]:
     """A text file, or standard input."""
     if path == "-":
         return nullcontext(sys.stdin)

@@ -332,6 +332,7 @@ class Mm:
             at = mapping.end
         if at < start + n:
             raise UapiError(errno.ENOMEM, "mlock", f"hva {at << PAGE_SHIFT:#x} is not mapped")
+        at = start
         for low, stop in self.touchable(start, n):
             try:
                 self.gup(slice(low, stop, 1), "mlock")

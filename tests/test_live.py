@@ -1,0 +1,254 @@
+"""The model beside a real kernel: this machine's /dev/kvm where it has one, and what one answered before."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cvmcore.cli import main
+from cvmcore.difference import QUIRKS, Step, against, beside, compared, explained
+from cvmcore.errors import InputError
+from cvmcore.live import guest, layouts
+from cvmcore.live.front import LiveError, LiveFront, Server
+from cvmcore.live.probe import Probe, probe
+from cvmcore.modelfront import model_front
+from cvmcore.testing.fuzz import diff_fuzz
+from cvmcore.uapiscript import Script
+
+FOUND = probe()
+HERE = Path(__file__).parent
+RECORDED = HERE / "live-6.18.jsonl.gz"
+OPTIONS = {"prefault": "no"} if "PRE_FAULT_MEMORY" in FOUND.missing else {}
+
+needs_kvm = pytest.mark.skipif(bool(FOUND.why), reason=FOUND.why or "-")
+
+SHARED_SLOT: list[dict[str, Any]] = [
+    {"op": "create_vm"},
+    {"op": "create_guest_memfd", "size": "64K", "flags": 3, "name": "f"},
+    {"op": "mmap", "size": "64K", "fd": "f", "name": "m"},
+    {"op": "set_user_memory_region2", "slot": 0, "gpa": 0, "size": "64K", "hva": "m", "flags": 4, "fd": "f"},
+    {"op": "create_vcpu"},
+]
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as one:
+        yield one
+
+
+def text(lines: list[dict[str, Any]]) -> list[str]:
+    return [json.dumps(line) for line in lines]
+
+
+# ---- a recording: needs no kernel -----------------------------------------------------------------------------------
+
+
+def test_model_answers_as_the_recorded_kernel() -> None:
+    """Thousands of calls, recorded on 6.18: status, results, content, allocated pages and exits of each."""
+    quirks, steps = 0, 0
+    with gzip.open(RECORDED, "rt", encoding="utf-8") as lines:
+        for step in against(Script(model_front("default", options={"prefault": "no"})), lines, RECORDED.name):
+            assert not step.differs or step.quirk is not None, explained(step)
+            quirks += step.quirk is not None
+            steps += 1
+
+    assert steps > 5000
+    assert quirks <= steps // 100
+
+
+def test_recording_covers_what_matters() -> None:
+    """All calls that a kernel takes, right and wrong, and the exits."""
+    with gzip.open(RECORDED, "rt", encoding="utf-8") as lines:
+        found = [json.loads(line) for line in lines if not line.startswith("#")]
+    statuses = {(line["op"], line["answer"]["status"]) for line in found}
+    exits = {line["answer"]["exit"]["reason"] for line in found if "exit" in line["answer"]}
+
+    assert exits == {"MMIO", "MEMORY_FAULT"}
+    assert statuses >= {
+        ("guest_write", "OK"), ("guest_write", "EFAULT"), ("guest_read", "OK"), ("guest_read", "EFAULT"),
+        ("set_user_memory_region2", "OK"), ("set_user_memory_region2", "EINVAL"),
+        ("set_user_memory_region2", "EEXIST"), ("set_user_memory_region2", "EBADF"),
+        ("create_guest_memfd", "OK"), ("create_guest_memfd", "EINVAL"), ("fallocate", "OK"), ("fallocate", "EINVAL"),
+        ("fallocate", "EOPNOTSUPP"), ("host_write", "EFAULT"), ("mmap", "ENODEV"), ("mmap", "EINVAL"),
+        ("munmap", "OK"), ("madvise", "ENOMEM"), ("mlock", "OK"), ("get_dirty_log", "OK"),
+        ("get_dirty_log", "ENOENT"), ("create_vcpu", "EEXIST"), ("set_memory_attributes", "ENOTTY"),
+        ("pre_fault_memory", "EOPNOTSUPP"), ("close", "EBADF"), ("lseek", "ESPIPE"),
+    }  # fmt: skip
+
+
+def one_step(model: dict[str, Any], kernel: dict[str, Any], op: str = "fallocate") -> Step:
+    return Step(7, op, {"fd": "f"}, {"state": {}, **model}, {"state": {}, **kernel})
+
+
+def test_reasons_and_statistics_are_not_compared() -> None:
+    same = one_step({"status": "EINVAL", "why": "it is so"}, {"status": "EINVAL", "stats": {"exits": 3}})
+
+    assert (same.differs, same.quirk) == ([], None)
+    assert compared({"exit": {"reason": "SHUTDOWN", "why": "x"}}) == {"exit": {"reason": "SHUTDOWN"}}
+
+
+def test_the_difference_is_explained() -> None:
+    state = {"f": {"allocated": 1, "pages": [[0, 1]]}}
+    step = one_step({"status": "EINVAL", "why": "whole pages", "state": state}, {"status": "OK"})
+
+    assert explained(step).splitlines() == [
+        'line 7: {"op": "fallocate", "fd": "f"}',
+        "  the model and the kernel differ in status, state",
+        '  status, model: "EINVAL"',
+        '  status, kernel: "OK"',
+        "  allocated of f, model: 1",
+        "  allocated of f, kernel: null",
+        "  pages of f, model: [[0, 1]]",
+        "  pages of f, kernel: null",
+        "  the model refused because: whole pages",
+    ]
+
+
+def test_recording_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "script.jsonl"
+    script.write_text('{"op": "create_vm", "answer": {"status": "OK", "state": {}}}\n{"op": "create_vcpu"}\n')
+
+    assert main(["uapi", str(script), "--recorded"]) == 2
+    assert "script.jsonl:2: a recorded script has an" in capsys.readouterr().err
+    assert main(["uapi", str(script), "--record", str(tmp_path / "out")]) == 2
+    assert main(["uapi", str(script), "--live", "--diff"]) == 2
+
+
+def test_differences_end_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "script.jsonl"
+    script.write_text('{"op": "create_vm", "answer": {"status": "EPERM", "state": {}}}\n')
+
+    assert main(["uapi", str(script), "--recorded"]) == 1
+    assert 'status, kernel: "EPERM"' in capsys.readouterr().out
+
+
+# ---- what is missing is said ----------------------------------------------------------------------------------------
+
+
+def test_probe_says_what_is_missing(tmp_path: Path) -> None:
+    assert "it is not there" in probe(str(tmp_path / "kvm")).why
+    assert "cannot be used" in probe(os.devnull).why
+    found = Probe(values=dict.fromkeys(layouts.CAPABILITIES, 1) | {"VM_TYPES": 0b101011, "PRE_FAULT_MEMORY": 0})
+    assert list(found.missing) == ["PRE_FAULT_MEMORY"]
+    assert found.vm_types == [0, 1, 3, 5]
+
+
+def test_without_kvm_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("cvmcore.live.front.probe", lambda: Probe("/dev/kvm cannot be used: it is not there"))
+    monkeypatch.setattr("cvmcore.live.probe.probe", lambda: Probe("/dev/kvm cannot be used: it is not there"))
+    script = tmp_path / "script.jsonl"
+    script.write_text('{"op": "create_vm"}\n')
+
+    for arguments in (["uapi", str(script), "--live"], ["uapi", str(script), "--diff"], ["uapi", "--live"],
+                      ["diff-fuzz", "--steps", "1"]):  # fmt: skip
+        assert main(arguments) == 2
+        assert capsys.readouterr().err == "cvm: no live run: /dev/kvm cannot be used: it is not there\n"
+
+
+def test_quirks_say_why() -> None:
+    assert all(quirk.reason and quirk.differs for quirk in QUIRKS)
+
+
+def test_guest_image() -> None:
+    """Loops jump to their beginning; the list is mapped behind the code."""
+    for code in (guest.READ, guest.WRITE):
+        at = code.index(b"\x75")
+        assert at + 2 + int.from_bytes(code[at + 1 : at + 2], "little", signed=True) == 0
+    assert len(guest.image()) == guest.LIST_PAGE * guest.PAGE
+    assert len(guest.registers(3, None)) == 144
+
+
+# ---- this machine's kernel ------------------------------------------------------------------------------------------
+
+
+@needs_kvm
+def test_model_and_kernel_agree(server: Server) -> None:
+    """One script through most calls, by hand."""
+    lines = text([
+        *SHARED_SLOT,
+        {"op": "guest_write", "gpa": "4K", "pages": 2, "stamp": 7},
+        {"op": "host_read", "addr": "m", "pages": 4},
+        {"op": "guest_write", "gpa": "60K", "pages": 2, "stamp": 3},
+        {"op": "fallocate", "fd": "f", "mode": 3, "offset": "4K", "size": "4K"},
+        {"op": "guest_read", "gfns": [0, 1, 2, 15]},
+        {"op": "mmap", "size": "8K", "fd": "f", "offset": "60K", "name": "past"},
+        {"op": "host_write", "addr": "past", "pages": 2, "stamp": 4},
+        {"op": "munmap", "addr": "m", "size": "64K"},
+        {"op": "munmap", "addr": "past", "size": "8K"},
+        {"op": "close", "fd": "f"},
+        {"op": "guest_read", "pages": 16},
+        {"op": "stats"},
+        {"op": "exit"},
+        {"op": "create_vm"},
+    ])  # fmt: skip
+    steps = list(beside(Script(model_front("default", options=OPTIONS)), Script(LiveFront(server)), lines, "here"))
+
+    assert [explained(step) for step in steps if step.differs] == []
+    assert steps[9].kernel["seen"] == [[0, 2], [7, 1], [3, 1]]
+    assert steps[16].kernel["stats"]["pf_fixed"] > 0
+
+
+@needs_kvm
+@pytest.mark.slow
+def test_fuzz_finds_no_difference(server: Server) -> None:
+    outcome = diff_fuzz(LiveFront(server), 5000, 1, options=OPTIONS)
+
+    assert outcome.why == ""
+    assert outcome.steps >= 5000
+
+
+@needs_kvm
+def test_fuzz_finds_and_shortens_a_difference(server: Server) -> None:
+    """Against a kernel that forgets to punch: a few lines say so."""
+
+    class Forgetful(LiveFront):
+        def call(self, op: str, arguments: dict[str, Any]) -> dict[str, Any]:
+            return {"status": "OK"} if op == "fallocate" and arguments["mode"] == 3 else super().call(op, arguments)
+
+    outcome = diff_fuzz(Forgetful(server), 20_000, 1, options=OPTIONS)
+
+    assert outcome.script[-1]["op"] == "fallocate"
+    assert len(outcome.script) <= 8
+    assert "differ" in outcome.why
+
+
+@needs_kvm
+def test_a_case_that_dies_takes_nobody_with_it(server: Server) -> None:
+    front = LiveFront(server)
+    with pytest.raises(LiveError, match="failed: TypeError"):
+        front.call("fstat", {"what": 1})
+    with pytest.raises(InputError, match="not tried on a real machine"):
+        front.call("memory_failure", {"fd": 3, "offset": 0})
+    assert front.call("create_vm", {"type": None})["status"] == "OK"
+    with pytest.raises(InputError, match="not the script's own memory"):
+        front.call("munmap", {"addr": 0x7000_0000_0000, "size": 1 << 40})
+    with pytest.raises(InputError, match="more than 1 GiB"):
+        front.call("set_user_memory_region", {"vm": 3, "slot": 0, "flags": 0, "gpa": 0, "size": 1 << 40, "hva": 0})
+    front.close()
+
+
+@needs_kvm
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script, out = tmp_path / "script.jsonl", tmp_path / "out.jsonl"
+    script.write_text("\n".join(text(SHARED_SLOT)))
+
+    assert main(["uapi", str(script), "--diff", "--record", str(out)]) == 0
+    assert capsys.readouterr().out == "5 calls, 0 known quirks, no other difference\n"
+    assert main(["uapi", str(out), "--recorded"]) == 0
+    assert main(["uapi", str(script), "--live", "--record", str(out)]) == 0
+    assert main(["uapi", str(out), "--recorded"]) == 0
+    assert main(["uapi", "--live"]) == 0
+    assert main(["diff-fuzz", "--steps", "50", "--seed", "2"]) == 0
+    capsys.readouterr()
+    assert main(["diff-fuzz", "--steps", "50", "--seed", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] >= 50
+
