@@ -204,6 +204,21 @@ def test_a_hole_punched_meanwhile_is_caught() -> None:
     assert box.inode.allocated == 0
 
 
+def test_a_frame_that_came_and_went_is_caught_before_the_page_is_looked_up() -> None:
+    """The check without a lock (9) looks at the count, too: nothing is allocated, and nothing emulated."""
+    box = Box(DEFAULT, 8)
+    box.fd.set_user_memory_region2(1, READONLY, 1 << 30, 4 * PAGE, box.process.mmap(4 * PAGE))
+
+    def elsewhere() -> None:
+        box.vm.frame.add(100, 101)
+        box.vm.frame.drop()
+
+    for gfn in (3, 1 << 18):
+        assert at_point(box, FAULT_SNAPSHOT, elsewhere, gfn).ret is RetPf.RETRY
+
+    assert box.process.mm.mappings[0].words[3] == 0
+
+
 def test_the_vcpu_refaults_after_a_retry() -> None:
     box = Box(SWPROT, 8)
 
@@ -311,6 +326,11 @@ def test_the_guest_goes_on_after_the_conversion(private: Backend) -> None:
 def test_shared_access_without_slot_is_mmio(backend: Backend, gfns: Any, write: bool) -> None:
     """EMULATE: the exit tells the address and the direction."""
     assert Box(backend, 8).touch(gfns, write=write, private=False) == Mmio(1 << 32, write)
+
+
+def test_an_encrypted_access_without_slot_is_mmio() -> None:
+    """Without the attribute KVM cannot tell private accesses apart (fault->is_private)."""
+    assert Box(DEFAULT, 8).touch(1 << 20, private=True) == Mmio(1 << 32, write=True)
 
 
 def test_private_access_without_slot(private: Backend) -> None:

@@ -253,6 +253,19 @@ def test_a_read_does_not_dirty_a_protected_page() -> None:
     assert box.fd.get_dirty_log(0).sum() == 0
 
 
+def test_a_read_fault_does_not_dirty_a_protected_page() -> None:
+    """It finds the page mapped, and protected still."""
+    box = Box(DEFAULT, 8)
+    box.fd.set_user_memory_region2(1, KVM_MEM_LOG_DIRTY_PAGES, 1 << 30, 4 * PAGE, box.process.mmap(4 * PAGE))
+    box.touch(1 << 18)
+    box.fd.get_dirty_log(1)
+
+    box.vcpus[0].pre_fault_memory(1 << 30, 2 * PAGE)
+
+    # The page that was not there comes writable, so nobody would hear of a write to it.
+    assert list(box.fd.get_dirty_log(1)) == [0, 1, 0, 0]
+
+
 def test_a_write_through_the_tlb_is_logged() -> None:
     """Getting the log takes write access away and flushes, so that the next write is seen."""
     box = Box(DEFAULT, 512)

@@ -140,6 +140,8 @@ class _Stretch:
         self.gfns = gfns
         self.n = self.asked_for = count(gfns)
         self.uses_gmem = slot is not None and access.vm.uses_gmem(slot, access.private)
+        self.is_private = access.private and access.vm.caps.private_by_attribute
+        """What KVM calls a private fault: without the attribute it cannot tell one from the others."""
         self.max_level = max_level
         self.root = access.vm.tdp.root_for(access.private)
         self.behind: Fault | None = None
@@ -214,16 +216,18 @@ class _Stretch:
                 self._cut(matches, ended)
         gfn = first(self.gfns)
         if slot is None:
-            if access.private:
+            if self.is_private:
                 return Fault(0, RetPf.INVALID, errno.EFAULT, memory_fault(gfn, True))
             if access.prefetch:
                 return Fault(0, RetPf.INVALID, errno.ENOENT)
             return Fault(0, RetPf.EMULATE, exit=Mmio(gfn << PAGE_SHIFT, access.write))
         if slot.invalid:
             return Fault(0, RetPf.INVALID, errno.EAGAIN) if access.prefetch else Fault(0, RetPf.RETRY)
+        if vm.frame.moved(self.seen, self.gfns) or vm.frame.blocks(self.gfns):
+            return Fault(0, RetPf.RETRY)
         if access.write and slot.read_only:
             return Fault(0, RetPf.EMULATE, exit=Mmio(gfn << PAGE_SHIFT, True))
-        return Fault(0, RetPf.RETRY) if vm.frame.blocks(self.gfns) else None
+        return None
 
     def _get_pfns(self) -> Steps[Fault | None]:
         """The level that the core and the backing allow, and the frames (10: kvm_mmu_faultin_pfn)."""
@@ -243,7 +247,7 @@ class _Stretch:
             if not self.uses_gmem:
                 vm.host.meter.charge("gup_4k")
                 return Fault(0, RetPf.INVALID, error.errno)
-            exit_ = memory_fault(first(self.gfns), self.access.private, error.errno)
+            exit_ = memory_fault(first(self.gfns), self.is_private, error.errno)
             return Fault(0, RetPf.INVALID, error.errno, exit_)
         self.looked_up = count(self.pfns)
         if self.looked_up < count(self.heads):
@@ -270,7 +274,7 @@ class _Stretch:
             if stopped is not None:
                 gfn = first(part(self.heads, stopped.done, stopped.done + 1))
                 number = stopped.reason.errno if isinstance(stopped.reason, Fatal) else errno.EAGAIN
-                ended = Fault(0, RetPf.INVALID, number, memory_fault(gfn, self.access.private, number))
+                ended = Fault(0, RetPf.INVALID, number, memory_fault(gfn, self.is_private, number))
                 if stopped.done == 0:
                     return ended
                 self._cut_heads(stopped.done, ended)
@@ -439,7 +443,10 @@ def _map(
     else:
         stop, mapped, ret = yield from _map_mixed(vm, root, slot, batch, words.copy(), bits, write, ret)
     if slot.dirty is not None and not slot.read_only and mapped:
-        slot.dirty[shift(part(batch.gfns, 0, mapped), -slot.base_gfn)] = 1
+        # A read finds a protected page as it is: protected.
+        now = batch.part(0, mapped)
+        writable = (take(root.entries[batch.level], now.blocks) & np.uint32(WRITABLE)) != 0
+        slot.dirty[where(now.indexes, writable)] = 1
     if stop is not None:
         why = stop.reason
         ret = RetPf.INVALID if isinstance(why, Fatal) else RetPf.RETRY
