@@ -115,14 +115,14 @@ class Guest:
         """Write whole pages, accepting them first where the VM type asks for it. gfns: sorted, unique."""
         accepts = private and self.caps.needs_accept
         if accepts and self.accept_level > PG_LEVEL_4K:
-            yield from self._accept_new(gfns, vcpu)
+            yield from self.accept_new.steps(gfns, vcpu)
         self.version += 1
         version = self.version
         versions = self._versions(private)
         for low, high in pieces(gfns):
             some = part(gfns, low, high)
             if accepts:
-                yield from self._accept_new(some, vcpu)
+                yield from self.accept_new.steps(some, vcpu)
             action = Touch(some, write=True, private=private, stamps=stamps_for(some, version))
             yield from self._run(action, vcpu)
             versions[some] = version
@@ -131,7 +131,7 @@ class Guest:
     def read(self, gfns: Sel, vcpu: int = 0, private: bool = True) -> Steps[Words]:
         """Read whole pages; returns the stamps seen."""
         if private and self.caps.needs_accept:
-            yield from self._accept_new(gfns, vcpu)
+            yield from self.accept_new.steps(gfns, vcpu)
         action = Touch(gfns, write=False, private=private)
         yield from self._run(action, vcpu)
         return action.seen if action.seen is not None else np.zeros(0, np.uint32)
@@ -146,7 +146,9 @@ class Guest:
             for gfn in array_of(gfns).tolist():
                 self.accepted[gfn : gfn + (1 << 9 * (level - 1))] = 1
 
-    def _accept_new(self, gfns: Sel, vcpu: int) -> Steps[None]:
+    @operation
+    def accept_new(self, gfns: Sel, vcpu: int = 0) -> Steps[None]:
+        """Accept those of these private pages that are not accepted yet, in pages as large as the guest tries."""
         accepted = take(self.accepted, gfns)
         n = int(np.count_nonzero(accepted))
         if n == len(accepted):
@@ -276,6 +278,8 @@ class Machine:
         else:
             fd = -1
             self.vm.set_user_memory_region2(0, 0, 0, mem_bytes, hva)
+            if host.ops.has("register_region"):
+                self.vm.register_region(hva, mem_bytes)
         self.regions.append(Region(0, 0, self.end_gfn, hva, fd))
         self.vcpus: list[VcpuFd] = [self.vm.create_vcpu() for _ in range(vcpus)]
         self.guest = Guest(self)

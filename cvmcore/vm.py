@@ -26,6 +26,8 @@ from cvmcore.pages import (
     array_of,
     count,
     first,
+    part,
+    pieces,
     take,
     zeros,
 )
@@ -119,9 +121,16 @@ class Vm:
         return self.tdp.root_for(private).lookup(gfns, False)
 
     def gup_range(self, hva: int, size_bytes: int) -> list[Sel]:
-        """The frames behind an hva range, faulted in, one selector per mapping part. UapiError(EFAULT) for a hole."""
+        """The frames behind an hva range, faulted in, in pieces. UapiError(EFAULT) for a hole.
+
+        The walk is not charged: the price of the pins that a vendor takes has it in it.
+        """
         start, n = hva >> 12, -(-(hva + size_bytes) // PAGE_BYTES) - (hva >> 12)
-        found = [self.mm.gup(pages) for _, pages in self.mm.ranges(start, n)]
+        found = [
+            self.mm.fault_in(part(pages, low, high))
+            for _, pages in self.mm.ranges(start, n)
+            for low, high in pieces(pages)
+        ]
         if sum(count(pfns) for pfns in found) != n:
             raise UapiError(errno.EFAULT, "pin_user_pages", f"hva {hva:#x} is not wholly mapped")
         return found
