@@ -25,6 +25,7 @@ class RmpStatus(enum.IntEnum):
     VC = 0x83  # #VC 0x404 in the guest: page not validated
     HOST_PF = 0x84  # host page fault with error bit 31
     VMEXIT_INVALID = 0x85  # VMRUN refuses the VMSA
+    NOT_REACHED = 0x86  # no answer: the guest stopped at an earlier page (`Rmp.pvalidate`, stop_at)
     NO_CHANGE = 255
 
 

@@ -161,6 +161,17 @@ def first_code(checks: Checks, facts: Facts, n: int) -> Codes:
     return codes
 
 
+def _stop(codes: Codes, stop_at: Sequence[int]) -> None:
+    """Make NOT_REACHED what a guest that stops at some codes never comes to."""
+    stops = np.isin(codes, stop_at) if stop_at else np.zeros(1, bool)
+    if np.count_nonzero(stops):
+        end = int(np.argmax(stops)) + 1
+        if codes[end - 1] == RmpStatus.FAIL_SIZEMISMATCH:
+            others = codes[end:] != RmpStatus.FAIL_SIZEMISMATCH
+            end = end + int(np.argmax(others)) if np.count_nonzero(others) else len(codes)
+        codes[end:] = RmpStatus.NOT_REACHED
+
+
 @attrs.frozen
 class Progress:
     """The first `done` pages are done; the page after them, if there is one, was refused with `status`."""
@@ -543,12 +554,21 @@ class Rmp:
         return facts
 
     def pvalidate(
-        self, pfns: Sel, gfns: Sel, *, asid: int, validate: bool, level: int = PG_LEVEL_4K, vmpl: int = 0
+        self,
+        pfns: Sel,
+        gfns: Sel,
+        *,
+        asid: int,
+        validate: bool,
+        level: int = PG_LEVEL_4K,
+        vmpl: int = 0,
+        stop_at: Sequence[int] = (),
     ) -> Answer:
         """PVALIDATE by a guest, page by page (checks: PVALIDATE_CHECKS). Returns RmpStatus; NO_CHANGE is carry set.
 
         gfns: first 4K gfn of each page; the GVA's alignment is taken from it. pfns: the frames that the nested page
-        table gives for them.
+        table gives for them. stop_at: the guest goes on behind no page with such a status; later ones are NOT_REACHED.
+        Several 2M pages in a row that are 4K pages in the RMP are still answered, for the guest to go on in 4K.
         """
         size = SIZE_2M if level == PG_LEVEL_2M else 0
         was = ASSIGNED | asid | size | (0 if validate else VALIDATED)
@@ -561,6 +581,7 @@ class Rmp:
         facts["VMPL is not 0"] = vmpl != 0
         facts["already in the requested state"] = entries.has(VALIDATED) == validate
         codes = first_code(PVALIDATE_CHECKS, facts, len(entries.pages))
+        _stop(codes, stop_at)
         self.word[entries.index[codes == 0]] ^= np.uint16(VALIDATED)
         return codes
 

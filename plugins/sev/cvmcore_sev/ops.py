@@ -231,6 +231,10 @@ _PVALIDATE: Final[dict[RmpStatus, Walk]] = {
     RmpStatus.FAIL_INPUT: Walk.DENIED,
     RmpStatus.FAIL_PERMISSION: Walk.DENIED,
 }
+_GUEST_STOPS: Final = (
+    RmpStatus.FAIL_INPUT, RmpStatus.FAIL_PERMISSION, RmpStatus.NO_CHANGE, RmpStatus.FAIL_SIZEMISMATCH,
+)  # fmt: skip
+"""Where a guest that validates pages in order does something else first: it panics, or it goes on in 4K."""
 
 
 def _lookup(table: dict[RmpStatus, Walk]) -> npt.NDArray[np.uint8]:
@@ -962,7 +966,7 @@ class AmdSev:
     @hookimpl
     def guest_accept(self, vm: VmView, gfns: Sel, pfns: Sel, level: int) -> Access:
         """PVALIDATE of each page, by the guest."""
-        answer = vm.host.hw.rmp.pvalidate(pfns, gfns, asid=vm.key, validate=True, level=level)
+        answer = vm.host.hw.rmp.pvalidate(pfns, gfns, asid=vm.key, validate=True, level=level, stop_at=_GUEST_STOPS)
         n = count(gfns)
         if not isinstance(answer, int):
             n -= int(np.count_nonzero((answer >= RmpStatus.NPF_RMP) & (answer != RmpStatus.NO_CHANGE)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -28,6 +30,7 @@ frames_2m = st.one_of(
     ),
 )
 asids = st.sampled_from([1, 1, 1, 2])
+STOPS = (RmpStatus.FAIL_INPUT, RmpStatus.FAIL_PERMISSION, RmpStatus.FAIL_SIZEMISMATCH, RmpStatus.NO_CHANGE)
 gfn_bases = st.sampled_from([0] * 6 + [512, 1, 0xFFFF_FE00, 0xF_FFFF_FE00])
 
 
@@ -50,7 +53,8 @@ def steps(draw):
             return kind, pfns, None, {}
         case "pvalidate":
             validate = draw(st.sampled_from([True, True, False]))
-            return kind, pfns, gfns, {"asid": asid, "level": level, "validate": validate}
+            stop_at = draw(st.sampled_from([(), STOPS]))
+            return kind, pfns, gfns, {"asid": asid, "level": level, "validate": validate, "stop_at": stop_at}
     target = draw(st.sampled_from([1, 1, 2, 3, 0, 4]))
     return kind, pfns, gfns, {"asid": asid, "level": level, "target_vmpl": target, "perms": draw(st.integers(0, 31))}
 
@@ -92,6 +96,16 @@ def one_by_one(rmp, kind, pfns, gfns, keywords):
         page = part(pfns, i, i + 1)
         statuses += whole(rmp, kind, page, None if gfns is None else part(gfns, i, i + 1), keywords)
         if kind in ("rmpupdate", "psmash") and statuses[-1]:
+            break
+        if statuses[-1] in keywords.get("stop_at", ()):
+            # The guest stops; of 2M pages that are too large, all in a row are told before it goes on in 4K.
+            asking = statuses[-1] == RmpStatus.FAIL_SIZEMISMATCH
+            for rest in range(i + 1, count(pfns)):
+                again = keywords | {"stop_at": ()}
+                page = part(pfns, rest, rest + 1)
+                status = whole(copy.deepcopy(rmp), kind, page, part(gfns, rest, rest + 1), again)[0]
+                asking = asking and status == RmpStatus.FAIL_SIZEMISMATCH
+                statuses.append(status if asking else RmpStatus.NOT_REACHED)
             break
     return statuses
 
