@@ -600,13 +600,23 @@ def test_fail_overlap_is_reported_where_the_kernel_would_spin(rig):
 # ---- what guests do ------------------------------------------------------------------------------------------------
 
 
-def test_guest_accept(rig):
+def test_guest_accept_ends_at_the_page_that_was_validated_already(rig):
     vm = rig.vm("snp")
     prepare(rig, vm, run(0, 4), run(100, 4))
     rig.hw.rmp.pvalidate(run(102, 1), run(2, 1), asid=vm.key, validate=True)
     access = rig.call("guest_accept", vm=vm, vcpu=None, gfns=run(0, 5), pfns=run(100, 5), level=K, map_level=K)
-    assert access.status.tolist() == [Walk.OK, Walk.OK, Walk.DENIED, Walk.OK, Walk.MISMATCH]
-    assert rig.ops["PVALIDATE"] == 4  # the faulting one comes again
+    assert access.status.tolist() == [Walk.OK, Walk.OK, Walk.DENIED, Walk.DENIED, Walk.DENIED]
+    assert rig.ops["PVALIDATE"] == 3
+    assert rig.hw.rmp.state(run(100, 5)).tolist() == [S.GUEST_VALID] * 3 + [S.GUEST_INVALID, S.HYPERVISOR]
+
+
+def test_guest_accept_of_a_page_that_faults(rig):
+    vm = rig.vm("snp")
+    prepare(rig, vm, run(0, 4), run(100, 4))
+    rig.hw.rmp.rmpupdate(run(101, 1), assigned=False)
+    access = rig.call("guest_accept", vm=vm, vcpu=None, gfns=run(0, 4), pfns=run(100, 4), level=K, map_level=K)
+    assert access.status.tolist() == [Walk.OK, Walk.MISMATCH, Walk.OK, Walk.OK]
+    assert rig.ops["PVALIDATE"] == 3  # the faulting one comes again
 
 
 @pytest.mark.parametrize(
