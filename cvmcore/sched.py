@@ -96,6 +96,13 @@ class LockStats:
     wait_ns: float = 0
     hold_ns: float = 0
 
+    def add(self, other: LockStats) -> None:
+        """Count another lock's cost with this one's."""
+        self.taken += other.taken
+        self.contended += other.contended
+        self.wait_ns += other.wait_ns
+        self.hold_ns += other.hold_ns
+
 
 class _LockState:
     """Who holds a lock, and who waits for it in order (a fair rwlock: a waiting writer stops later readers)."""
@@ -267,8 +274,11 @@ class Timed:
 
     @property
     def lock_stats(self) -> dict[str, LockStats]:
-        """What each lock cost, by name."""
-        return {lock.name: state.stats for lock, state in self._locks.states.items()}
+        """What each lock cost, by name; locks that share one are one row."""
+        found: dict[str, LockStats] = {}
+        for lock, state in self._locks.states.items():
+            found.setdefault(lock.name, LockStats()).add(state.stats)
+        return found
 
     def run(self, actors: Iterable[tuple[str, Steps[Any]]]) -> list[Any]:
         """Run all to their end; returns their results in order. The first error of an actor is raised after all ended.

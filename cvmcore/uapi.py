@@ -655,7 +655,15 @@ class VmFd:
             if not vm.attributes.uniform(gfns.start, gfns.stop, KVM_MEMORY_ATTRIBUTE_PRIVATE):
                 raise UapiError(errno.EINVAL, call, "a page of the image is not private")
             yield slot.gmem.inode.invalidate_lock.write
-            pfns = slot.gmem.inode.populate(shift(gfns, slot.to_index(gfns)))
+            inode, index = slot.gmem.inode, shift(gfns, slot.to_index(gfns))
+            try:
+                pfns = inode.populate(index)
+            except UapiError:
+                # Page by page the kernel would have come as far as this.
+                if not (n := inode.usable(index)):
+                    raise
+                pfns = inode.populate(part(index, 0, n))
+                gfns, contents = slice(gfns.start, gfns.start + n), contents[:n]
         else:
             pfns = vm.mm.gup(shift(gfns, slot.hva_page - slot.base_gfn), call)
         done = len(contents)
@@ -728,7 +736,7 @@ class VcpuFd:
         call = "KVM_PRE_FAULT_MEMORY"
         vm = self.vcpu.vm
         self.vm._alive(call)
-        if flags or (gpa | size_bytes) & PAGE_MASK or size_bytes <= 0 or gpa + size_bytes >= 1 << 64:
+        if flags or (gpa | size_bytes) & PAGE_MASK or size_bytes <= 0 or gpa < 0 or gpa + size_bytes >= 1 << 64:
             raise UapiError(errno.EINVAL, call, "flags, or gpa and size are not whole pages")
         if not (vm.caps.prefault and vm.pre_fault_allowed):
             raise UapiError(errno.EOPNOTSUPP, call, "this VM cannot pre-fault (yet)")

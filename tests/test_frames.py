@@ -177,6 +177,22 @@ def test_leaked_frames_never_come_back() -> None:
         frames.free(sel(2))
 
 
+def test_a_frame_whose_memory_failed_is_not_handed_out_again() -> None:
+    """Its user keeps it; given up, pinned or not, it is listed as leaked."""
+    frames = Frames(8)
+    frames.alloc(4, Use.GMEM)
+    frames.fail(2)
+    frames.fail(3)
+    frames.pin(sel(3))
+
+    frames.free(slice(1, 5, 1))
+    assert (frames.leaked(), frames.outstanding()) == (1, {Use.ORPHAN: 1})
+    frames.unpin(sel(3))
+
+    assert [why for why, _ in frames.leaks] == ["its memory failed"] * 2
+    assert pages(frames.alloc(frames.available, Use.ANON)) == [1, 4, 5, 6, 7]
+
+
 # ---- pins -----------------------------------------------------------------------------------------------------------
 
 

@@ -858,6 +858,20 @@ def test_memory_failure(private: Backend) -> None:
     assert box.touch(4) == MemoryFault(4 * PAGE, flags=8, errno=133)
 
 
+def test_a_failed_page_does_not_come_back(private: Backend) -> None:
+    """The hole frees its folio, and the page can be used again; nobody gets the frame that failed."""
+    box = Box(private, 16)
+    box.touch(4)
+    failed = box.pfn(4)
+    box.process.memory_failure(box.gmem, 4 * PAGE)
+
+    box.punch(4)
+
+    assert box.read(4) == [0]
+    assert (box.host.frames.use[failed], box.pfn(4) != failed) == (Use.LEAKED, True)
+    box.destroy()
+
+
 def test_memory_failure_where_nothing_is_allocated() -> None:
     """There is no folio that could fail; the page can be used."""
     box = Box(SWPROT, 16)

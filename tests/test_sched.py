@@ -106,6 +106,14 @@ def test_readers_behind_a_writer_go_together(host: Host) -> None:
     assert starts == [0, 10 * NS, 10 * NS, 20 * NS]
 
 
+def test_locks_that_share_a_name_are_one_row(host: Host) -> None:
+    timed = Timed(host)
+
+    timed.run((f"w{i}", hold(host, Lock("entry", 1), 10)) for i in range(4))
+
+    assert {name: (row.taken, row.hold_ns) for name, row in timed.lock_stats.items()} == {"entry": (4, 40 * NS)}
+
+
 def test_locks_do_not_disturb_each_other(host: Host) -> None:
     timed = Timed(host)
 

@@ -343,6 +343,7 @@ def deleting(call: Call) -> Call:
     ("size is not page aligned", errno.EINVAL, prefault(size=1)),
     ("size 0", errno.EINVAL, prefault(size=0)),
     ("gpa + size wraps", errno.EINVAL, prefault(gpa=(1 << 64) - M2, size=2 * M2)),
+    ("gpa is negative", errno.EINVAL, prefault(gpa=-M2, size=M2)),
     ("image not finalized", errno.EOPNOTSUPP, unsealed(prefault())),
     ("shared gpa without slot", errno.ENOENT, prefault(gpa=1 << 40)),
     ("private gpa without slot", errno.EFAULT, after(attributes(1 << 40, M2, PRIVATE), prefault(1 << 40))),
@@ -549,6 +550,24 @@ def test_run_on_a_dead_vm() -> None:
 )  # fmt: skip
 def test_populate(kernel: str, error: int, call: Call) -> None:
     assert fails(Box(SWPROT, kernel=kernel), call) == error
+
+
+def test_populate_goes_as_far_as_the_host() -> None:
+    """Stop; pages done so far, or the error if none."""
+    box = Box(SWPROT, 256, nr_frames=101)
+
+    assert box.fd.launch_update(0, [b"image"] * 200) == 100
+    assert fails(box, lambda box: box.fd.launch_update(100 * PAGE, [b"image"])) == errno.ENOMEM
+    assert box.inode.allocated == 100
+
+
+def test_populate_stops_at_a_poisoned_page() -> None:
+    box = Box(SWPROT, 8)
+    box.process.fallocate(box.gmem, KEEP_SIZE, 0, 4 * PAGE)
+    box.process.memory_failure(box.gmem, 2 * PAGE)
+
+    assert box.fd.launch_update(0, [b"image"] * 4) == 2
+    assert fails(box, lambda box: box.fd.launch_update(2 * PAGE, [b"image"])) == EHWPOISON
 
 
 # ---- the rest of the front ------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cvmcore.errors import InvariantViolation, UapiError
-from cvmcore.pages import EMPTY, Sel, contiguous, count, expand, first, last, take, where, zeros
+from cvmcore.pages import EMPTY, Sel, array_of, contiguous, count, expand, first, last, take, where, zeros
 from cvmcore.types import Use
 
 _WINDOW = 4096
@@ -29,6 +29,8 @@ class Frames:
         self.pins: npt.NDArray[np.uint16] = zeros(nr_frames, np.uint16)
         self.use[0] = Use.META
         self.leaks: list[tuple[str, Sel]] = []
+        self.failed: set[int] = set()
+        """Frames whose memory failed: whoever gives one up, it is not handed out again."""
         self.in_use = 0
         self.peak = 0
         self.top = 1
@@ -156,6 +158,13 @@ class Frames:
         self._release(pfns)
 
     def _release(self, pfns: Sel) -> None:
+        if self.failed:
+            failed = np.isin(array_of(pfns), list(self.failed))
+            if np.count_nonzero(failed):
+                self.leak(where(pfns, failed), "its memory failed")
+                pfns = where(pfns, ~failed)
+                if not count(pfns):
+                    return
         self.use[pfns] = Use.FREE
         if self.watch:
             self.watch("free", pfns, Use.FREE)
@@ -165,6 +174,10 @@ class Frames:
         self._high = max(self._high, high + 1) if high >= self.bottom else self._high
         self._hint = min(self._hint, low)
         self._block_hint = max(1, min(self._block_hint, low >> 9))
+
+    def fail(self, pfn: int) -> None:
+        """The memory of a frame fails (SetPageHWPoison): its user keeps it, and nobody gets it afterwards."""
+        self.failed.add(pfn)
 
     def leak(self, pfns: Sel, why: str) -> None:
         """Take frames out of circulation for good, and list them."""

@@ -138,6 +138,12 @@ class GmemInode:
             self._zero(index if n == 0 else where(index, defined == 0))
         return frames_of(words)
 
+    def usable(self, index: Sel) -> int:
+        """How many leading pages are allocated and not poisoned."""
+        words = take(self.words, index)
+        stops = (words == 0) | ((words & np.uint32(POISON)) != 0)
+        return int(np.argmax(stops)) if np.count_nonzero(stops) else len(words)
+
     def populate_large(self, index: Sel) -> Sel:
         """First frames of the 2M folios at these pages (heads of blocks that `huge_blocks` named), zeroed; only of the
         first of them, where the host has no more."""
@@ -199,6 +205,7 @@ class GmemInode:
         says so. Nothing happens where nothing is allocated."""
         if index < self.npages and self.words[index]:
             self.words[index] |= np.uint32(POISON)
+            self.host.frames.fail(int(self.words[index]) >> 5)
             self.words[index & ~511 : (index | 511) + 1] &= np.uint32(0xFFFF_FFFF ^ HUGE)
 
 
