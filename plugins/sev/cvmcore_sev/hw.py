@@ -317,6 +317,12 @@ class Rmp:
             hpage_region_status=self.hpage_region_status(pfns),
         )
 
+    def hidden(self, pfns: Sel) -> tuple[Mask, Mask, Codes]:
+        """What RMPREAD keeps from the host: validated, vmsa, and the permissions of the four VMPLs, of each page."""
+        entries = self._entries(pfns)
+        validated, vmsa = (entries.has(bit) & entries.covered for bit in (VALIDATED, VMSA))
+        return validated, vmsa, self._perms_of(entries.index)
+
     def hpage_region_status(self, pfns: Sel) -> Mask:
         """RMPREAD's field of that name: whether something in the 2M region of each page is assigned."""
         region, back = np.unique(np.minimum(array_of(pfns), len(self.word) - 1) >> 9, return_inverse=True)
