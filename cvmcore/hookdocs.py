@@ -82,8 +82,7 @@ RESULTS = {
     "Capabilities": "`Capabilities`",
     "ConvertResult": "`Done(n)`, `Exit(n)` or `Refault(gfn, n)`",
     "HostVerdict": "`HostVerdict`",
-    "InstallResult": "`None`, or `Stopped(done, reason)`; reasons: "
-    "`Retry`, `NeedMemory`, `Incomplete`, `FaultAt`, `Fatal(errno)`",
+    "InstallResult": "`None`, or `Stopped(done, reason)`; reasons: `Retry`, `Fatal(errno)`",
     "None": "nothing",
     "Sel": "4K frames, a selector",
     "bool": "a bool",
@@ -319,7 +318,9 @@ def _lines() -> Iterator[str]:
     )
     yield ""
     yield (
-        "Locks are written outer to inner; `mmu_lock:r` is the read side of a lock, `:w` the write side. Upstream: the "
+        "Locks are written outer to inner: those that are held at every call; `mmu_lock:r` is the read side of a "
+        "lock, `:w` the write side. `-`: none on which a backend could rely. Of the locks of a VM that is being "
+        "destroyed only mmu_lock is taken: it is nobody else's any more. Upstream: the "
         "kernel function or operation that the hook stands for; `RFC` and a year: a series as it was posted, `[N]`: in "
         "development, in no release when this was written."
     )

@@ -11,7 +11,8 @@ the arguments that it wants. `Sel` arguments are int64 selectors of 4K frame num
 unique for gfns; a `Batch` (`cvmcore.types`) holds pages of one memslot at one level. A batch means the same as its
 pages one by one in gfn order.
 
-Locks are written outer to inner; `mmu_lock:r` is the read side. `-`: none.
+Locks are written outer to inner: those that are held at every call; `mmu_lock:r` is the read side. `-`: none on which
+a backend could rely. Of the locks of a VM that is being destroyed only mmu_lock is taken: it is nobody else's any more.
 """
 
 from __future__ import annotations
@@ -216,7 +217,7 @@ def launch_update(vm: VmView, batch: Batch, contents: list[bytes], kind: str) ->
     the VM type has them; nothing is mapped yet (`vm.map_private` maps).
 
     On error: Stopped; pages below `done` stay loaded and the call returns their number. Where `done` is 0 the call
-    fails with the errno of Fatal, EBUSY for any other reason.
+    fails with the errno of Fatal, EBUSY for Retry.
     """
 
 
@@ -236,7 +237,7 @@ def topup(vm: VmView, vcpu: VcpuView, nr_pages: int) -> InstallResult:
     """Before a fault takes locks: fill the backend's private caches for mapping nr_pages pages.
 
     On error: Stopped; pages below `done` go on and are mapped. The page at `done` ends with the errno of Fatal,
-    ENOMEM for any other reason. What the hook took stays in its caches.
+    ENOMEM for Retry. What the hook took stays in its caches.
     """
 
 
@@ -248,7 +249,7 @@ def gmem_prepare(vm: VmView, slot: SlotView, gfns: Sel, pfns: Sel, max_order: in
     where it is 9, the hook may act on the whole aligned 2M block around them.
 
     On error: Stopped; pages below `done` go on and are mapped. The page at `done` ends KVM_RUN with a memory-fault
-    exit and the errno of Fatal, EAGAIN for any other reason.
+    exit and the errno of Fatal, EAGAIN for Retry.
     """
 
 
@@ -260,7 +261,7 @@ def pin_pfn(vm: VmView, batch: Batch, write: bool) -> InstallResult:
     too, pins are a superset of mappings. Only called where `needs_pin`, not for reserved or error frames.
 
     On error: Stopped; pages below `done` go on and are mapped. The page at `done` ends with the errno of Fatal; for
-    any other reason the vCPU enters the guest and faults again.
+    Retry the vCPU enters the guest and faults again.
     """
 
 
@@ -321,7 +322,7 @@ def split_private_spt(vm: VmView, gfn: int, level: int, table: int) -> InstallRe
     gfn: first gfn of the leaf; level: its level; table: the frame donated for the table.
 
     On error: Stopped; the huge leaf stays, the table frame is freed, and whoever wanted the split fails: the ioctl or
-    fallocate with the errno of Fatal, EAGAIN for any other reason.
+    fallocate with the errno of Fatal, EAGAIN for Retry.
     """
 
 
@@ -380,13 +381,16 @@ def flush_remote_tlbs(vm: VmView, start: int, end: int) -> bool:
 def gmem_invalidate(host: HostView, pfns: Sel) -> Sel:
     """Frames leave a guest_memfd inode (punch hole, last reference). No VM, slot or gfn: there may be none any more.
 
-    Take them back from the trusted hardware, leak what does not come. Returns the frames that may be freed.
+    Take them back from the trusted hardware, leak what does not come. Returns the frames that may be freed. A hole is
+    punched under the inode's invalidate lock; an inode dies without it. Under another policy of `invalidation` than
+    `decoupled` the hook is called in the callback by gfn, under mmu_lock:w, and what it returns is freed later.
     """
 
 
 @_hook("total", "-", "kvm_arch_guest_memory_reclaimed")
 def memory_reclaimed(vm: VmView, nr_pages: int) -> None:
-    """After an hva invalidation that hit a slot, or a slot's deletion: flush caches before the host reuses pages."""
+    """After an hva invalidation that hit a slot, a slot's deletion or move (under slots_lock then), or the end of the
+    VMM's address space: flush caches before the host reuses pages."""
 
 
 # ---- what guest and host do to memory themselves --------------------------------------------------------------

@@ -132,27 +132,6 @@ class Retry:
 
 
 @attrs.frozen
-class NeedMemory:
-    """The trusted party wants n more 4K pages before it can go on (pKVM memcache)."""
-
-    n: int
-
-
-@attrs.frozen
-class Incomplete:
-    """A long operation was suspended; go on with `handle`."""
-
-    handle: object
-
-
-@attrs.frozen
-class FaultAt:
-    """The hardware's tables stop at `level`: build, split or fold there, then try again."""
-
-    level: int
-
-
-@attrs.frozen
 class Fatal:
     """The vendor gave up; it has already bugged the VM. `errno` goes to user space."""
 
@@ -160,7 +139,7 @@ class Fatal:
     why: str = ""
 
 
-Reason: TypeAlias = Retry | NeedMemory | Incomplete | FaultAt | Fatal
+Reason: TypeAlias = Retry | Fatal
 
 
 @attrs.frozen

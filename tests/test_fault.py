@@ -25,7 +25,6 @@ from cvmcore.types import (
     MapGpaRange,
     MemoryFault,
     Mmio,
-    NeedMemory,
     RetPf,
     Retry,
     Shutdown,
@@ -156,9 +155,9 @@ def test_no_memory_for_tables_ends_the_fault() -> None:
     assert (box.mapped(), frames.available) == ([], 2)
 
 
-@pytest.mark.parametrize(("reason", "error"), [(Fatal(errno.EIO), errno.EIO), (NeedMemory(1), errno.ENOMEM)])
+@pytest.mark.parametrize(("reason", "error"), [(Fatal(errno.EIO), errno.EIO), (Retry(), errno.ENOMEM)])
 def test_a_topup_that_fails_ends_the_fault(reason: Any, error: int) -> None:
-    """The errno of Fatal, ENOMEM for any other reason."""
+    """The errno of Fatal, ENOMEM for Retry."""
     box = Box(PINNING, 8, observers=[FaultInjector("topup", 1, Stopped(0, reason))])
 
     leave = box.touch(3)
@@ -170,7 +169,7 @@ def test_a_topup_that_fails_ends_the_fault(reason: Any, error: int) -> None:
 
 def test_pages_below_a_failed_topup_are_mapped() -> None:
     box = Box(PINNING, 8)
-    box.hw.refuse("topup", 1, 2, NeedMemory(1))
+    box.hw.refuse("topup", 1, 2, Retry())
 
     assert isinstance(box.touch(slice(1, 6, 1)), Shutdown)
     assert box.mapped() == [1, 2]

@@ -360,7 +360,7 @@ class Tdp:
             if detailed:
                 self._tell(root, level, part(index, 0, done), some, old)
         yield FAULT_COMMIT
-        return Stop(done, stopped.reason if isinstance(stopped.reason, Fatal) else Retry())
+        return Stop(done, stopped.reason)
 
     def _tell(self, root: Root, level: int, index: Sel, new: npt.ArrayLike, old: npt.ArrayLike | None = None) -> None:
         """Tell observers that entries, `old` or as they stand, become `new`: one event for each pair of states."""
@@ -648,7 +648,7 @@ class Tdp:
             batch = Batch(slot, level, heads(index, order_of(level)), pfns)
             stopped = yield from self.vm.host.ops.call("relax_private_spte", len(batch), vm=self.vm, batch=batch)
             if stopped is not None:
-                stop = Stop(stopped.done, stopped.reason if isinstance(stopped.reason, Fatal) else Retry())
+                stop = Stop(stopped.done, stopped.reason)
                 index, words = part(index, 0, stop.done), words[: stop.done]
         if self.vm.host.ops.detailed:
             self._tell(root, level, index, words)
