@@ -18,6 +18,7 @@ from cvmcore.cli.installed import backends, hooks, workloads
 from cvmcore.cli.kernels import diff_fuzz, uapi
 from cvmcore.cli.launching import launch
 from cvmcore.cli.measuring import bench
+from cvmcore.cli.newbackend import new_backend
 from cvmcore.cli.output import BAD_INPUT, INTERRUPTED, WRONG, complain, forget_output
 from cvmcore.cli.running import compare, run
 from cvmcore.cli.scripts import hw
@@ -74,5 +75,7 @@ def root(
         typer.echo(context.get_help())
 
 
-for command in (backends, workloads, hooks, run, compare, study, launch, hw, uapi, diff_fuzz, explain, bench):
+for command in (
+    backends, workloads, hooks, run, compare, study, launch, hw, uapi, diff_fuzz, explain, bench, new_backend,
+):  # fmt: skip
     app.command()(command)
