@@ -12,7 +12,7 @@ def new_backend(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Of the backend: lower-case, as in my-vendor.")],
     folder: Annotated[Path, typer.Option("--in", metavar="FOLDER", help="Where cvmcore-NAME is made.")] = Path(),
 ) -> None:
-    """Write an installable plugin with a backend that works, and comments where yours goes (docs/tutorial.md)."""
+    """Write an installable plugin to start from."""
     from cvmcore.newbackend import write
 
     made = write(name, folder)
