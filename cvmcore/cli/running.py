@@ -91,7 +91,7 @@ def compare(
         Path | None, typer.Option("--plot", metavar="OUT", help="Draw where the time goes: .svg, .png or .pdf.")
     ] = None,
 ) -> int:
-    """Run a workload on several backends and show them side by side."""
+    """Run a workload on several backends, side by side."""
     import gc
 
     import attrs
