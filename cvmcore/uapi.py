@@ -392,9 +392,9 @@ class VmFd:
         number = len(vm.vcpus) if vcpu_id is None else vcpu_id
         if not 0 <= number < MAX_VCPU_IDS:
             raise UapiError(errno.EINVAL, "KVM_CREATE_VCPU", f"a vCPU's id is below {MAX_VCPU_IDS}")
+        yield vm.lock.write
         if any(v.id == number for v in vm.vcpus):
             raise UapiError(errno.EEXIST, "KVM_CREATE_VCPU", f"vCPU {number} exists")
-        yield vm.lock.write
         vcpu = Vcpu(vm, number, state)
         yield from vm.host.ops.call("vcpu_create", vcpu=vcpu)
         vm.vcpus.append(vcpu)
@@ -544,10 +544,10 @@ class VmFd:
         self._alive("KVM_GET_DIRTY_LOG")
         if slot & 0xFFFF >= NR_MEMSLOTS or slot >> 16:
             raise UapiError(errno.EINVAL, "KVM_GET_DIRTY_LOG", f"slot id {slot}")
+        yield self.vm.slots_lock.write
         found = self.vm.slots.by_id.get(slot)
         if found is None or found.dirty is None:
             raise UapiError(errno.ENOENT, "KVM_GET_DIRTY_LOG", f"slot {slot} is not logged")
-        yield self.vm.slots_lock.write
         log = yield from self.vm.get_dirty_log(found)
         yield self.vm.slots_lock.release
         return log
@@ -645,10 +645,10 @@ class VmFd:
         self._alive(call)
         vm = self.vm
         gfns = slice(gpa >> 12, (gpa >> 12) + len(contents), 1)
+        yield vm.slots_lock.write
         slot = vm.slots.find(gfns.start)
         if slot is None or gfns.stop > slot.end_gfn or not contents:
             raise UapiError(errno.EINVAL, call, f"gpa {gpa:#x} is not in one memslot")
-        yield vm.slots_lock.write
         if vm.caps.private_by_attribute:
             if slot.gmem is None:
                 raise UapiError(errno.EINVAL, call, "the memslot has no guest_memfd")

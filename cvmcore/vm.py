@@ -224,12 +224,15 @@ class Vm:
         root = self.tdp.direct
         locks = self.mmu_lock.covering(slice(new.base_gfn, new.end_gfn, 1))
         if new.logs_dirty and not old.logs_dirty:
-            yield from write(locks)
+            # Faults on the slot map small pages by now, so that all is small after one walk.
+            yield from read(locks)
             for level in () if root.flat else (PG_LEVEL_1G, PG_LEVEL_2M):
                 for found, index in list(root.leaves_in(new.base_gfn, new.end_gfn)):
                     if found == level:
                         for at in array_of(index).tolist():
                             yield from self.tdp.split(root, at << order_of(level), level)
+            yield from drop(locks)
+            yield from write(locks)
             if (yield from self.tdp.protect(root, new, slice(new.base_gfn, new.end_gfn, 1))):
                 yield from self.flush_tlbs(new.base_gfn, new.end_gfn)
             yield from drop(locks)

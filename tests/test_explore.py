@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from errno import EEXIST
 from typing import Any
 
 import pytest
@@ -370,6 +371,21 @@ def test_notifier_against_a_new_slot() -> None:
         return world.case({"host": gone, "vcpu0": new_slot_and_use(world, 0, hva, -1, False)}, nothing_left)
 
     explore(make, interruptions=1)
+
+
+def test_two_vcpus_of_one_id() -> None:
+    """One is made; the other one's call finds its id in use."""
+
+    def make() -> Case:
+        world = World(SWPROT, Counter())
+        actors = {name: world.machine.vm.create_vcpu.steps(5) for name in ("a", "b")}
+
+        def check(results: list[Any]) -> None:
+            assert [getattr(result, "errno", 0) for result in results] in ([0, EEXIST], [EEXIST, 0])
+
+        return world.case(actors, check)
+
+    explore(make)
 
 
 def nothing_left(results: list[Any]) -> None:

@@ -882,6 +882,26 @@ def test_memory_failure_where_nothing_is_allocated() -> None:
     assert box.read(4) == [0]
 
 
+# ---- dirty logging --------------------------------------------------------------------------------------------------
+
+
+def test_enabling_the_log_splits_under_read_and_protects_under_write() -> None:
+    """Faults elsewhere go on while huge pages are split; a flush before the lock is dropped."""
+    box = Box(DEFAULT, 1024, backing="2m")
+    box.touch(slice(0, 1024, 1))
+    watch = Watch(box)
+    size = 1024 * PAGE
+
+    levels: list[int] = []
+    watch.at["write mmu_lock"] = lambda: levels.extend(box.vm.tdp.direct.leaves[1:3])
+    box.fd.set_user_memory_region2(0, 1, 0, size, box.hva)
+
+    locks = [step for step in watch.steps if step.endswith("mmu_lock")]
+    assert locks == ["read mmu_lock", "release mmu_lock", "write mmu_lock", "release mmu_lock"]
+    assert levels == [1024, 0]
+    assert not box.writable(5)
+
+
 # ---- memslots -------------------------------------------------------------------------------------------------------
 
 
