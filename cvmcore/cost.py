@@ -42,6 +42,7 @@ COMMON = frozenset({
     "spte_write", "spte_wrprot",
     "external_update",    # per entry of a mirror or mediated root
     "hugepage_split", "hugepage_merge",
+    "table_scan",         # per table whose 512 entries are looked at, to see whether it could be a leaf
     "tlb_flush_base", "tlb_flush_per_cpu",
     "attributes_call", "attributes_4k",
     "memslot_call",

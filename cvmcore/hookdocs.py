@@ -38,6 +38,7 @@ _NO_ERRORS = {
 }
 
 ARGUMENTS = {
+    "blocked": "whether block_private_spt was called for the table",
     "arguments": "by name: what the hook is called with, or the fields of the vendor's structure",
     "batch": "pages of one memslot at one level, in gfn order, with their frames",
     "change": "what happens to the memslot",

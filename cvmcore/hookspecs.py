@@ -327,12 +327,33 @@ def split_private_spt(vm: VmView, gfn: int, level: int, table: int) -> InstallRe
 
 
 @_hook("install", "mmu_lock:w, entry frozen", "RFC 2023: merge_private_spt")
-def promote_private_spt(vm: VmView, gfn: int, level: int, pfn: int, table: int) -> InstallResult:
+def promote_private_spt(vm: VmView, gfn: int, level: int, pfn: int, table: int, blocked: bool) -> InstallResult:
     """A full table of an external root becomes one leaf at `level`; content is kept.
 
-    table: the frame of the unlinked table page, given back to the core on success.
+    table: the frame of the unlinked table page, given back to the core on success. blocked: block_private_spt was
+    called for the table.
 
     On error: Stopped; the hook has unblocked the table, it stays with its small pages. Nothing else changes.
+    """
+
+
+@_hook("install", "mmu_lock:w, entry frozen", "RFC 2023: zap_private_spte")
+def block_private_spt(vm: VmView, gfns: Sel, level: int) -> InstallResult:
+    """Tables at `level` of an external root are blocked: walks end there, what stands below is kept.
+
+    gfns: first 4K gfn of each. When the hook returns no vCPU uses an old translation any more, so that the tables may
+    be merged or unblocked at once. Called where `promotes`, with the policy merge=block.
+
+    On error: Stopped; tables from `done` on are as they were, and the recovery pass ends. Fatal: the VM is bugged.
+    """
+
+
+@_hook("total", "mmu_lock:w", "RFC 2023: unzap_private_spte")
+def unblock_private_spt(vm: VmView, gfns: Sel, level: int) -> None:
+    """Blocked tables of an external root serve again, with all that stands below.
+
+    Before their entries change, and where the guest came by and they cannot be merged. Must succeed: on failure bug
+    the VM. After vm_pre_destroy there may be nothing left to do.
     """
 
 
@@ -433,8 +454,8 @@ def read_private_spte(vm: VmView, gfns: Sel, level: int) -> tuple[npt.NDArray[np
     """What the trusted table of an external root really holds at `level` for these heads (gfns: 4K numbers, any count).
 
     Returns (state, frame), one each: state 0 absent, 1 leaf, 2 table, 3 a leaf that the host has destroyed by force
-    (the core's record of it stays); frame of the leaf, or of the table page where the core donated it (else 0). Used to
-    compare the core's root with the truth, and by walkers that do without a copy.
+    (the core's record of it stays), 4 a table that is blocked (what is below is told as it stands); frame of the leaf,
+    or of the table page where the core donated it (else 0). Used to compare the core's root with the truth.
     """
 
 

@@ -13,4 +13,10 @@ POLICIES: tuple[Option, ...] = (
         "invalidation", "decoupled", "how a vendor learns that private pages go back, and why gfns are zapped",
         ("decoupled", "flags3", "flags2", "attributes", "untold"),
     ),
+    Option(
+        "merge", "none",
+        "when small private pages become large again: never; when a thread finds a full table; in faults; when a table "
+        "is used that a thread has blocked",
+        ("none", "scan", "fault", "block"),
+    ),
 )  # fmt: skip

@@ -337,7 +337,10 @@ class Capabilities:
     encrypts: bool = False
     """Private content is encrypted with the VM's key: a foreign read sees noise rather than content."""
     promotes: bool = False
-    """promote_private_spt is implemented: small private mappings can be merged."""
+    """promote_private_spt, block_private_spt and unblock_private_spt are implemented: small private mappings can be
+    merged."""
+    max_promoted_level: int = PG_LEVEL_2M
+    """The largest leaf that small private mappings are merged into, where they are."""
     shared_gfn_bit: int = 0
     """gfn bit that selects the shared alias (kvm_gfn_direct_bits); 0 where there is none."""
 

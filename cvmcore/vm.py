@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cvmcore.effects import Lock, Steps
+from cvmcore.effects import Lock, Steps, operation
 from cvmcore.errors import UapiError
 from cvmcore.mem import invalidate
 from cvmcore.mem.attributes import Attributes
 from cvmcore.mem.contract import Cause
 from cvmcore.mem.gmem import GmemFile
+from cvmcore.mem.merge import MERGES
 from cvmcore.mem.mm import Mm
 from cvmcore.mem.mmulock import MMU_LOCKS, drop, read, write
 from cvmcore.mem.slots import Memslot, Memslots
@@ -64,6 +65,7 @@ class Vm:
         self.mmu_lock = MMU_LOCKS[host.policies["mmu_lock"]](vm_id)
         self.frame = self.mmu_lock.frame
         self.tdp = Tdp(self)
+        self.merge = MERGES[host.policies["merge"]](self)
         self.vcpus: list[Vcpu] = []
         self.gmem_files: list[GmemFile] = []
         self.dead = False
@@ -226,11 +228,8 @@ class Vm:
         if new.logs_dirty and not old.logs_dirty:
             # Faults on the slot map small pages by now, so that all is small after one walk.
             yield from read(locks)
-            for level in () if root.flat else (PG_LEVEL_1G, PG_LEVEL_2M):
-                for found, index in list(root.leaves_in(new.base_gfn, new.end_gfn)):
-                    if found == level:
-                        for at in array_of(index).tolist():
-                            yield from self.tdp.split(root, at << order_of(level), level)
+            if not root.flat:
+                yield from self.split_huge_pages(root, new)
             yield from drop(locks)
             yield from write(locks)
             if (yield from self.tdp.protect(root, new, slice(new.base_gfn, new.end_gfn, 1))):
@@ -268,6 +267,43 @@ class Vm:
             recovered = True
         if recovered:
             yield from self.flush_tlbs(slot.base_gfn, slot.end_gfn)
+
+    @operation
+    def recover_huge_pages(self, nr_tables: int = 1 << 30) -> Steps[int]:
+        """One pass of the recovery thread of the policy `merge`, over at most so many tables. Returns with how many it
+        did something; 0 where the policy has no thread."""
+        yield self.srcu.read
+        done = yield from self.merge.recover(nr_tables)
+        yield self.srcu.release
+        self.host.ops.quiet(self)
+        return done
+
+    def split_huge_pages(self, root: Root, slot: Memslot, tables: TableCache | None = None) -> Steps[None]:
+        """Split every large leaf of a slot, the largest first, before its pages are logged one by one (mmu_lock held,
+        for write where the root is a mirror; kvm_mmu_slot_try_split_huge_pages). Leaves of a mirror keep their content,
+        and take tables.
+        """
+        for level in (PG_LEVEL_1G, PG_LEVEL_2M):
+            for found, index in list(root.leaves_in(slot.base_gfn, slot.end_gfn)):
+                if found == level:
+                    for at in array_of(index).tolist():
+                        yield from self.tdp.split(root, at << order_of(level), level, tables)
+
+    @operation
+    def split_private_pages(self, slot: Memslot) -> Steps[None]:
+        """`split_huge_pages` for the private pages of a slot: what the start of dirty logging will do to them once they
+        can be logged. KVM refuses to log a slot with guest_memfd today, so no call of user space leads here."""
+        root, locks = self.tdp.root_for(True), self.mmu_lock.covering(slice(slot.base_gfn, slot.end_gfn, 1))
+        tables = TableCache(self.host.frames)
+        while True:
+            tables.topup(_tables_to_split(root, slot))
+            yield from write(locks)
+            if _tables_to_split(root, slot) <= count(tables.spare):
+                break
+            yield from drop(locks)
+        yield from self.split_huge_pages(root, slot, tables)
+        yield from drop(locks)
+        tables.give_back()
 
     def get_dirty_log(self, slot: Memslot) -> Steps[npt.NDArray[np.uint8]]:
         """The slot's dirty bytes, cleared and write-protected again (kvm_vm_ioctl_get_dirty_log)."""
@@ -382,3 +418,11 @@ class Vm:
         tables.give_back()
         if not free or stop is not None:
             raise UapiError(errno.EIO, "kvm_tdp_mmu_map_private_pfn", f"gfn {first(batch.gfns):#x} could not be mapped")
+
+
+def _tables_to_split(root: Root, slot: Memslot) -> int:
+    """How many table pages it takes to split every large leaf of a slot of a mirror root; 0 for other roots."""
+    if not root.mirror:
+        return 0
+    large = [(level, count(index)) for level, index in root.leaves_in(slot.base_gfn, slot.end_gfn)]
+    return sum(n * (513 if level == PG_LEVEL_1G else 1) for level, n in large if level > PG_LEVEL_4K)

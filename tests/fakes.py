@@ -67,6 +67,7 @@ class TrustedTable:
         self.flat = flat
         self.entries: dict[tuple[int, int], tuple[str, int]] = {}
         self.accepted: set[int] = set()
+        self.blocked: set[tuple[int, int]] = set()
 
     def _key(self, gfn: int, level: int) -> tuple[int, int]:
         if gfn & (pages_per_level(level) - 1):
@@ -78,6 +79,13 @@ class TrustedTable:
             return
         if self.entries.get((level + 1, gfn >> order_of(level + 1)), ("", 0))[0] != "table":
             raise InvariantViolation(f"a child of level {level} without its parent", number=12, gfn=gfn)
+        self.reachable(gfn, level)
+
+    def reachable(self, gfn: int, level: int) -> None:
+        """No table above an entry is blocked."""
+        for above in range(level + 1, PG_LEVEL_512G + 1):
+            if (above, gfn >> order_of(above)) in self.blocked:
+                raise InvariantViolation(f"an entry of level {level} below a blocked table", number=12, gfn=gfn)
 
     def put(self, gfn: int, level: int, kind: str, frame: int) -> None:
         """A non-present entry becomes a leaf or a table."""
@@ -94,6 +102,7 @@ class TrustedTable:
         key = self._key(gfn, level)
         if self.entries.get(key) != (kind, frame):
             raise InvariantViolation("remove on absent", number=13, gfn=gfn, states={"entry": self.entries.get(key)})
+        self.reachable(gfn, level)
         if kind == "table" and self.children(gfn, level):
             raise InvariantViolation("a table is freed before its children", number=12, gfn=gfn)
         del self.entries[key]
@@ -107,7 +116,9 @@ class TrustedTable:
 
     def walk(self, gfn: int) -> tuple[int, int] | None:
         """(frame, level) that a 4K gfn translates to."""
-        for level in range(PG_LEVEL_4K, PG_LEVEL_512G + 1):
+        for level in range(PG_LEVEL_512G, 0, -1):
+            if (level, gfn >> order_of(level)) in self.blocked:
+                return None
             kind, frame = self.entries.get((level, gfn >> order_of(level)), ("", 0))
             if kind == "leaf":
                 return frame + (gfn & (pages_per_level(level) - 1)), level
@@ -244,8 +255,13 @@ class FakeMirror:
         return stop
 
     @hookimpl
-    def promote_private_spt(self, vm: VmView, gfn: int, level: int, pfn: int, table: int) -> InstallResult:
+    def promote_private_spt(
+        self, vm: VmView, gfn: int, level: int, pfn: int, table: int, blocked: bool
+    ) -> InstallResult:
         stop = self._stop(vm, "promote_private_spt", slice(gfn, gfn + 1, 1))
+        if blocked != ((level, gfn >> order_of(level)) in vm.arch.blocked):
+            raise InvariantViolation("a table is said to be blocked, and is not, or the other way round", gfn=gfn)
+        vm.arch.blocked.discard((level, gfn >> order_of(level)))
         if stop is None:
             children = vm.arch.children(gfn, level)
             if len(children) != 512:
@@ -256,6 +272,24 @@ class FakeMirror:
             vm.arch.put(gfn, level, "leaf", pfn)
             self._log("promote", slice(gfn, gfn + 1, 1), level)
         return stop
+
+    @hookimpl
+    def block_private_spt(self, vm: VmView, gfns: Sel, level: int) -> InstallResult:
+        stop = self._stop(vm, "block_private_spt", gfns)
+        done = count(gfns) if stop is None else stop.done
+        for gfn in array_of(gfns)[:done].tolist():
+            key = level, gfn >> order_of(level)
+            if vm.arch.entries[key][0] != "table" or key in vm.arch.blocked:
+                raise InvariantViolation("what is blocked is no open table", gfn=gfn)
+            vm.arch.blocked.add(key)
+        self._log("block", part(gfns, 0, done), level)
+        return stop
+
+    @hookimpl
+    def unblock_private_spt(self, vm: VmView, gfns: Sel, level: int) -> None:
+        for gfn in array_of(gfns).tolist():
+            vm.arch.blocked.remove((level, gfn >> order_of(level)))
+        self._log("unblock", gfns, level)
 
     @hookimpl
     def flush_remote_tlbs(self, vm: VmView, start: int, end: int) -> bool:
@@ -316,7 +350,7 @@ class FakeMirror:
         state, frame = np.zeros(count(gfns), np.uint8), np.zeros(count(gfns), np.int64)
         for (at, block), (kind, number) in table.entries.items():
             if at == level and block in position:
-                state[position[block]] = 1 if kind == "leaf" else 2
+                state[position[block]] = 1 if kind == "leaf" else 4 if (at, block) in table.blocked else 2
                 frame[position[block]] = number
         return state, frame
 
@@ -568,7 +602,8 @@ class Box:
         for level in range(PG_LEVEL_4K, PG_LEVEL_512G + 1):
             for index in np.flatnonzero(root.entries[level]).tolist():
                 word = int(root.entries[level][index])
-                assert word & PRESENT, f"a frozen entry stands at level {level}, {index:#x}"
+                blocked = (level, index) in self.vm.arch.blocked
+                assert bool(word & PRESENT) != blocked, f"frozen, or not blocked: level {level}, {index:#x}"
                 if not (root.flat and word & TABLE):
                     have[level, index] = ("table" if word & TABLE else "leaf", word >> FRAME_SHIFT)
         assert have == self.vm.arch.entries

@@ -89,7 +89,7 @@ def test_items_of_an_extended_profile_are_known(load: Callable[..., Profile]) ->
         (COMMON_HEAD + "vm_exit.foo = 3", "prices['vm_exit'].ns is missing"),
         (COMMON_HEAD + "vm_exti = " + price(), "price of 'vm_exti', which nothing charges"),
         (COMMON_HEAD + '"a\\nb" = ' + price(), r"price of 'a\nb', which nothing charges"),
-        (HEAD + "[prices]\nvm_exit = " + price(), "no price of 'attributes_4k' and of 25 others"),
+        (HEAD + "[prices]\nvm_exit = " + price(), "no price of 'attributes_4k' and of 26 others"),
         (HEAD + "prices = 3", "prices must be a table"),
         (HEAD, "prices is missing"),
         (HEAD + "colour = 3\n[prices]", "the profile has no field 'colour'"),

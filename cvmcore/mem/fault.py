@@ -16,9 +16,10 @@ import numpy.typing as npt
 from cvmcore.effects import FAULT_PFN, FAULT_SNAPSHOT, Steps
 from cvmcore.errors import InvariantViolation, UapiError
 from cvmcore.mem.attributes import PRIVATE
+from cvmcore.mem.merge import absent_in
 from cvmcore.mem.mmulock import Seen
 from cvmcore.mem.slots import Memslot
-from cvmcore.mem.tdp import DIRTY, FRAME_SHIFT, FROZEN, PRESENT, TABLE, WRITABLE, Root, Stop
+from cvmcore.mem.tdp import DIRTY, FRAME_SHIFT, FROZEN, PRESENT, TABLE, WRITABLE, Mapped, Root, Stop
 from cvmcore.pages import (
     Sel,
     all_zero,
@@ -71,6 +72,8 @@ class Fault:
     faults: int = 0
     """Faults that the guest took for the `done` pages: the first page of a large one brings in its neighbours."""
     why: str = ""
+    neighbours: bool = False
+    """More than the `done` pages may be mapped now: the others have to be walked again before they fault."""
 
 
 _NOTHING = Fault(0, RetPf.SPURIOUS)
@@ -109,9 +112,27 @@ def _resolve(
             faults += result.faults
             if result.ret is not RetPf.SPURIOUS:
                 ret = result.ret
+            if result.neighbours:
+                break
+        else:
+            continue
+        break
     vcpu.tables.give_back()
     yield vm.srcu.release
     return result if result.done == done else attrs.evolve(result, done=done, ret=ret, faults=faults)
+
+
+def fill(access: Access, slot: Memslot, gfn: int) -> Steps[None]:
+    """The fault on gfn could have been served by a large page, or has filled the table: map what the table lacks, then
+    merge it (series of 2023: tdp_mmu_merge_private_spt). Where something cannot be mapped, or the merge is refused, the
+    pages stay small."""
+    vm = access.vm
+    root = vm.tdp.root_for(access.private)
+    while count(missing := absent_in(root, gfn)):
+        more = yield from _Stretch(access, slot, missing, PG_LEVEL_4K, counted=False).resolve()
+        if more.ret not in MAPPED:
+            return
+    yield from vm.merge.locked_merge(root, slot, PG_LEVEL_2M, gfn >> order_of(PG_LEVEL_2M))
 
 
 @attrs.frozen(eq=False)
@@ -133,8 +154,12 @@ class _Stretch:
     cut off, too, and comes next.
     """
 
-    def __init__(self, access: Access, slot: Memslot | None, gfns: Sel, max_level: int) -> None:
+    def __init__(
+        self, access: Access, slot: Memslot | None, gfns: Sel, max_level: int, *, counted: bool = True
+    ) -> None:
         self.access = access
+        self.counted = counted
+        """Whether the guest faulted on the pages; else they come along with another fault."""
         self.vm = access.vm
         self.slot = slot
         self.gfns = gfns
@@ -152,11 +177,16 @@ class _Stretch:
         self.pfns: Sel = gfns
         self.looked_up = 0
         self.mm_seq = 0
+        self.neighbours = False
+        self.fills = False
+        """The page is to become part of a large one, with the table that is there."""
 
     def resolve(self) -> Steps[Fault]:
         """All steps, up to the one that ends the fault. May stop early with pages mapped and more to do (`Fault.ret` in
         MAPPED)."""
-        return (
+        if self.root.blocked:
+            yield from self._open_blocked()
+        fault = (
             (yield from self._topup())
             or self._admit()
             or (yield from self._get_pfns())
@@ -165,6 +195,24 @@ class _Stretch:
             or (yield from self._pin())
             or (yield from self._map())
         )
+        if self.fills and fault.ret in MAPPED:
+            assert self.slot is not None
+            yield from fill(self.access, self.slot, first(self.gfns))
+        return attrs.evolve(fault, neighbours=True) if self.neighbours else fault
+
+    def _open_blocked(self) -> Steps[None]:
+        """The first page lies below a blocked table: merge that, or unblock it. This one fault does so for all pages
+        below, so that the others are walked again."""
+        found = self.root.first_blocked(self.gfns)
+        if found is None:
+            return
+        position, level, at = found
+        if position or self.slot is None:
+            self._cut(max(position, 1), None)
+            return
+        yield from self.vm.merge.locked_merge(self.root, self.slot, level, at)
+        self._cut(1, None)
+        self.neighbours = True
 
     def _cut(self, n: int, behind: Fault | None) -> None:
         self.gfns, self.n, self.behind = part(self.gfns, 0, n), n, behind
@@ -175,7 +223,8 @@ class _Stretch:
     def _again(self, gfns: Sel, max_level: int) -> Steps[Fault]:
         """Start over with other pages or another ceiling; what was topped up goes back."""
         self.access.vcpu.tables.give_back()
-        return (yield from _Stretch(self.access, self.slot, gfns, max_level).resolve())
+        self.fills = False
+        return (yield from _Stretch(self.access, self.slot, gfns, max_level, counted=self.counted).resolve())
 
     def _half(self) -> Steps[Fault]:
         """Some page needs something else than the others: halve the stretch until that page stands alone, as it would
@@ -234,6 +283,10 @@ class _Stretch:
         vm, slot = self.vm, self.slot
         assert slot is not None
         self.level, n = _allowed_level(vm, slot, self.root, self.gfns, self.n, self.access.private, self.max_level)
+        if n < 0:
+            n, self.fills, self.neighbours = 1, True, True
+        elif vm.merge.in_faults and self.root.mirror and self.level == PG_LEVEL_4K:
+            n = self._until_full(n)
         if n < self.n:
             self._cut(n, None)
         self.mm_seq = vm.mm.seq
@@ -258,6 +311,16 @@ class _Stretch:
                 return (yield from self._again(self.gfns, PG_LEVEL_4K))
             self.heads = part(self.heads, 0, self.looked_up)
         return None
+
+    def _until_full(self, n: int) -> int:
+        """How many of n small pages to map before a table is full, all in one block; the page that fills it comes
+        alone, when the guest has used those before it, and is followed by a merge."""
+        n = min(n, _below(self.gfns, (first(self.gfns) | pages_per_level(PG_LEVEL_2M) - 1) + 1))
+        if not self.counted or count(absent_in(self.root, first(self.gfns))) > n:
+            return n
+        self.neighbours = True
+        self.fills = n == 1
+        return max(1, n - 1)
 
     def _prepare(self) -> Steps[Fault | None]:
         """Every guest_memfd lookup for a private access prepares the frames (kvm_gmem_prepare_folio)."""
@@ -343,7 +406,8 @@ class _Stretch:
             vm.host.meter.charge("gup_4k", min(mapped + 1, self.looked_up))
         if mapped < n and vm.host.ops.has("unpin_pfn"):
             yield from vm.host.ops.call("unpin_pfn", vm=vm, batch=batch.part(mapped, n))
-        vm.host.meter.charge("fault_fixed", mapped)
+        if self.counted:
+            vm.host.meter.charge("fault_fixed", mapped)
         if mapped and vm.host.ops.observed:
             vm.host.ops.emit(
                 "fault", "fault", vm=vm.id, gfns=batch.part(0, mapped).all_gfns, level=self.level, n=mapped,
@@ -373,8 +437,8 @@ def _matching(vm: Vm, gfns: Sel, private: bool) -> int:
 def _allowed_level(
     vm: Vm, slot: Memslot, root: Root, gfns: Sel, n: int, private: bool, ceiling: int
 ) -> tuple[int, int]:
-    """The mapping level of the leading gfns of n, and for how many it holds (kvm_mmu_hugepage_adjust without the
-    pfn)."""
+    """The mapping level of the leading gfns of n, and for how many it holds (kvm_mmu_hugepage_adjust without the pfn);
+    -1 for one that could be large but for a table that the policy `merge` would have merged now."""
     caps = vm.caps
     ceiling = min(ceiling, caps.max_private_level if private else caps.max_shared_level)
     if ceiling < PG_LEVEL_2M or slot.logs_dirty:
@@ -393,7 +457,13 @@ def _allowed_level(
     allowed &= huge
     if root.mirror:
         # A mirror descends where a smaller mapping exists: replacing its table would lose the guest's data.
-        allowed &= ~root.has_table(PG_LEVEL_2M, index)
+        tables = root.has_table(PG_LEVEL_2M, index)
+        if vm.merge.in_faults and np.count_nonzero(fills := allowed & tables):
+            if fills[0]:
+                return PG_LEVEL_4K, -1
+            allowed, tables = allowed[: int(np.argmax(fills))], tables[: int(np.argmax(fills))]
+            n = len(allowed)
+        allowed &= ~tables
     run = int(np.argmin(allowed)) if allowed[0] else int(np.argmax(allowed))
     if run == 0:
         run = n
@@ -426,11 +496,16 @@ def _map(
     one ends, and why where that is for good."""
     vm, write, n = access.vm, access.write, len(batch)
     stale = vm.frame.moved(seen, batch.gfns) or root is not vm.tdp.root_for(access.private)
+    stale = stale or bool(root.blocked and root.first_blocked(batch.gfns))
     if stale or (vm.frame.in_progress and vm.frame.blocks(batch.all_gfns)):
         return 0, RetPf.RETRY, None
     linked, why = yield from vm.tdp.link_tables(root, batch.level, batch.gfns, access.vcpu.tables)
     if linked < n:
         batch, n = batch.part(0, linked), linked
+    if isinstance(why, Mapped):
+        if n == 0:
+            return 1, RetPf.SPURIOUS, None
+        why = None
     ret = RetPf.FIXED if why is None else RetPf.INVALID if isinstance(why, Fatal) else RetPf.RETRY
     if n == 0:
         return 0, ret, why if isinstance(why, Fatal) else None

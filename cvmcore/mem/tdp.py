@@ -4,9 +4,10 @@ A root is a radix tree kept as one flat array per level: element `gfn >> 9 * (le
 entry is a uint32 word: frame << 5 | state. 0 is absent, so an untouched root costs nothing.
 
 Three kinds of root. *Direct*: the CPU walks it. *Mirror*: a copy of a table that only the trusted party can write
-(`external`); every change of an entry freezes it, calls the hook, then commits or restores. *Mediated*: the only root
-of a VM whose stage 2 belongs to a hypervisor below; a record of what hooks installed (`external`, `flat`: KVM has no
-table pages there).
+(`external`); every change of an entry freezes it, calls the hook, then commits or restores. A table of a mirror may be
+*blocked*: it keeps its place and what stands below it, but walks end there. *Mediated*: the only root of a VM whose
+stage 2 belongs to a hypervisor below; a record of what hooks installed (`external`, `flat`: KVM has no table pages
+there).
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ if TYPE_CHECKING:
     from cvmcore.vm import Vm
 
 PRESENT, TABLE, WRITABLE, DIRTY, FROZEN = 1, 2, 4, 8, 16
-"""State bits of an entry. FROZEN alone (not present): owned by another walker, hands off (FROZEN_SPTE)."""
+"""State bits of an entry. FROZEN alone (not present): owned by another walker, hands off (FROZEN_SPTE). TABLE without
+PRESENT: a blocked table."""
 FRAME_SHIFT = 5
 
 _FRAME = np.uint32(FRAME_SHIFT)
@@ -77,7 +79,7 @@ _STATES = ((PRESENT, "present"), (TABLE, "table"), (WRITABLE, "writable"), (DIRT
 def state_of(word: int) -> str:
     """An entry's state in words: "absent", "table", "present|writable", ..."""
     if word & TABLE:
-        return "table"
+        return "table" if word & PRESENT else "blocked table"
     return "|".join(name for bit, name in _STATES if word & bit) or "absent"
 
 
@@ -97,7 +99,9 @@ class Root:
         self.leaves = [0] * (TOP + 1)
         """Present leaves by level."""
         self.tables = [0] * (TOP + 1)
-        """Present tables by the level of the entry that points to them."""
+        """Tables by the level of the entry that points to them, blocked ones included."""
+        self.blocked = 0
+        """Tables that are blocked."""
         self.cover(end_gfn)
 
     @property
@@ -208,6 +212,30 @@ class Root:
         words = take(table, blocks(gfns, order) if isinstance(gfns, slice) else gfns >> order) & _TABLE
         return int(np.count_nonzero(words)) == len(words)
 
+    def first_blocked(self, gfns: Sel) -> tuple[int, int, int] | None:
+        """The first of these gfns that a blocked table covers: (position, level, entry index), the highest such table.
+        Ask `blocked` first."""
+        found: tuple[int, int, int] | None = None
+        pages = array_of(gfns)
+        for level in range(TOP, PG_LEVEL_4K, -1):
+            index = pages >> order_of(level)
+            hit = (self.entries[level].take(index) & _LEAF) == _TABLE
+            if np.count_nonzero(hit) and (found is None or int(np.argmax(hit)) < found[0]):
+                at = int(np.argmax(hit))
+                found = at, level, int(index[at])
+        return found
+
+    def blocked_in(self, start: int, end: int) -> list[tuple[int, Sel]]:
+        """(level, entry indexes) of the blocked tables that overlap gfns [start, end), the highest first. Ask `blocked`
+        first."""
+        found: list[tuple[int, Sel]] = []
+        for level in range(TOP, PG_LEVEL_4K, -1):
+            for run in self.under_tables(level, start, end):
+                hit = (self.entries[level][run] & _LEAF) == _TABLE
+                if np.count_nonzero(hit):
+                    found.append((level, where(run, hit)))
+        return found
+
     def has_table(self, level: int, index: Sel) -> npt.NDArray[np.bool_]:
         """Whether entries at `level` point to tables: smaller mappings may exist below."""
         found: npt.NDArray[np.bool_] = (take(self.entries[level], index) & np.uint32(TABLE)) != 0
@@ -238,6 +266,11 @@ class Stop:
 
     done: int
     reason: Retry | Fatal
+
+
+@attrs.frozen
+class Mapped:
+    """Why a page was not mapped: it is, as part of a larger leaf."""
 
 
 class TableCache:
@@ -327,9 +360,9 @@ class Tdp:
         new: npt.ArrayLike,
         hook: str = "",
         arguments: Arguments | None = None,
-        old: int = 0,
+        old: npt.ArrayLike = 0,
     ) -> Steps[Stop | None]:
-        """Entries at `index`, which are all `old` (absent, unless the caller found something else), become `new`.
+        """Entries at `index`, which are `old` (absent, unless the caller found something else), become `new`.
 
         Direct root: a compare-exchange. External root: freeze, hook, then commit, or restore from where the hook
         stopped. Kernel: tdp_mmu_set_spte_atomic, set_external_spte_present.
@@ -354,11 +387,11 @@ class Tdp:
             yield FAULT_COMMIT
             return None
         done = stopped.done
-        table[part(index, done, n)] = old
+        table[part(index, done, n)] = np.asarray(old)[done:] if np.ndim(old) else old
         if done:
             table[part(index, 0, done)] = some = np.asarray(new)[:done] if np.ndim(new) else new
             if detailed:
-                self._tell(root, level, part(index, 0, done), some, old)
+                self._tell(root, level, part(index, 0, done), some, np.asarray(old)[:done] if np.ndim(old) else old)
         yield FAULT_COMMIT
         return Stop(done, stopped.reason)
 
@@ -386,13 +419,13 @@ class Tdp:
 
     def link_tables(
         self, root: Root, level: int, gfns: Sel, cache: TableCache
-    ) -> Steps[tuple[int, Retry | Fatal | None]]:
-        """Make sure that tables stand above `level` for all gfns, parents first. A direct huge leaf in the way is
-        split, one of a mediated root zapped: its small pages fault in again. Returns how many leading gfns may go on,
-        and why not more (RETRY: frozen, the hook was busy, or a huge leaf of a mirror, which another vCPU mapped since
-        this one missed)."""
+    ) -> Steps[tuple[int, Retry | Fatal | Mapped | None]]:
+        """Make sure that tables stand above `level` for all gfns, parents first; a direct huge leaf in the way is
+        split, one of a mediated root zapped: its small pages fault in again; one of a mirror root serves them as it is.
+        Returns how many leading gfns may go on, and why not more (Retry: frozen, or the hook was busy; Mapped: a larger
+        leaf has the next one already)."""
         n = count(gfns)
-        reason: Retry | Fatal | None = None
+        reason: Retry | Fatal | Mapped | None = None
         if root.tabled(level, gfns):
             return n, None
         for above in range(TOP, level, -1):
@@ -406,7 +439,7 @@ class Tdp:
             if np.count_nonzero((words & _LEAF) == PRESENT):
                 huge = where(index, (words & _LEAF) == PRESENT)
                 if root.mirror:
-                    n, reason = _before(gfns, first(huge), order_of(above), n), Retry()
+                    n, reason = _before(gfns, first(huge), order_of(above), n), Mapped()
                     index = blocks(part(gfns, 0, n), order_of(above))
                 else:
                     for at in array_of(huge).tolist():
@@ -468,8 +501,11 @@ class Tdp:
     def zap_leaves(self, root: Root, slot: Memslot, start: int, end: int) -> Steps[int]:
         """Zap every leaf that overlaps gfns [start, end), whole, at its own level (mmu_lock held for write).
 
-        Returns the number of 4K pages that were mapped. Tables stay (tdp_mmu_zap_leafs). The caller flushes.
+        Returns the number of 4K pages that were mapped. Tables stay (tdp_mmu_zap_leafs), blocked ones are unblocked
+        first. The caller flushes.
         """
+        if root.blocked:
+            yield from self.unblock_range(root, start, end)
         zapped = 0
         for level, index in root.leaves_in(start, end):
             zapped += yield from self._zap(root, slot, level, index)
@@ -502,6 +538,8 @@ class Tdp:
         the cache; on failure the huge leaf stays and the reason is returned (mmu_lock held for write).
         """
         order, at = order_of(level), gfn >> order_of(level)
+        if root.blocked:
+            yield from self.unblock_range(root, gfn, gfn + 1)
         word = int(root.entries[level][at])
         head = at << order
         pfn = word >> FRAME_SHIFT
@@ -552,32 +590,74 @@ class Tdp:
         return None if np.count_nonzero((words & ~np.uint32(DIRTY)) != want) else pfn
 
     def promote(self, root: Root, gfn: int, level: int) -> Steps[Stop | None]:
-        """A full table of a mirror root becomes one huge leaf through the hook; content is kept. On failure nothing
-        changes and the pages stay small. The caller has checked `can_be_huge`."""
+        """A full table of a mirror root, blocked or not, becomes one huge leaf through the hook; content is kept. On
+        failure the pages stay small, and the table is not blocked any more. The caller has checked `can_be_huge`."""
         order, at = order_of(level), gfn >> order_of(level)
         pfn = self.can_be_huge(root, gfn, level)
         assert pfn is not None
         word = int(root.entries[level][at])
-        bits = int(root.entries[level - 1][at << 9]) & (PRESENT | WRITABLE)
+        blocked = not word & PRESENT
+        children = slice(at << 9, (at + 1) << 9, 1)
+        small = root.entries[level - 1][children].copy()
+        bits = int(small[0]) & (PRESENT | WRITABLE)
         table = word >> FRAME_SHIFT
+        # Nobody gets to them while their table is frozen; a page must not be seen mapped twice when it no longer is.
+        root.entries[level - 1][children] = 0
         stop = yield from self.set_entry(
             root,
             level,
             slice(at, at + 1, 1),
             pfn << FRAME_SHIFT | bits,
             "promote_private_spt",
-            {"gfn": at << order, "level": level, "pfn": pfn, "table": table},
-            word,
+            {"gfn": at << order, "level": level, "pfn": pfn, "table": table, "blocked": blocked},
+            word | PRESENT,
         )
-        if stop is None:
-            if self.vm.host.ops.detailed:
-                self._tell(root, level - 1, slice(at << 9, (at + 1) << 9, 1), 0)
-            root.entries[level - 1][at << 9 : (at + 1) << 9] = 0
-            root.leaves[level] += 1
-            root.leaves[level - 1] -= 512
-            root.tables[level] -= 1
-            self.vm.host.frames.free(slice(table, table + 1, 1))
+        root.blocked -= blocked
+        if stop is not None:
+            root.entries[level - 1][children] = small
+            return stop
+        if self.vm.host.ops.detailed:
+            self._tell(root, level - 1, children, 0, small)
+        root.leaves[level] += 1
+        root.leaves[level - 1] -= 512
+        root.tables[level] -= 1
+        self.vm.host.frames.free(slice(table, table + 1, 1))
+        self.vm.host.ops.emit(
+            "zap", "promote", vm=self.vm.id, gfns=slice(at << order, (at + 1) << order, 1), level=level, n=1
+        )
+        return None
+
+    def block(self, root: Root, level: int, index: Sel) -> Steps[Stop | None]:
+        """Tables of a mirror root, none of them blocked, are: the next access of the guest below them faults, and
+        nothing is lost (mmu_lock held for write)."""
+        order, words = order_of(level), take(root.entries[level], index).copy()
+        gfns = heads(index, order)
+        stop = yield from self.set_entry(
+            root, level, index, words & np.uint32(0xFFFF_FFFF ^ PRESENT), "block_private_spt",
+            {"gfns": gfns, "level": level}, words,
+        )
+        done = count(index) if stop is None else stop.done
+        root.blocked += done
+        if done:
+            for vcpu in self.vm.vcpus:
+                vcpu.tlb.flush(first(gfns), last(part(gfns, 0, done)) + (1 << order))
         return stop
+
+    def unblock(self, root: Root, level: int, index: Sel) -> Steps[None]:
+        """Blocked tables of a mirror root serve again (mmu_lock held for write)."""
+        words = take(root.entries[level], index) | np.uint32(PRESENT)
+        if self.vm.host.ops.detailed:
+            self._tell(root, level, index, words)
+        root.entries[level][index] = words
+        root.blocked -= count(index)
+        self.vm.host.meter.charge("external_update", count(index))
+        gfns = heads(index, order_of(level))
+        yield from self.vm.host.ops.call("unblock_private_spt", count(index), vm=self.vm, gfns=gfns, level=level)
+
+    def unblock_range(self, root: Root, start: int, end: int) -> Steps[None]:
+        """Whatever is blocked above gfns [start, end) is opened, so that their entries can be changed."""
+        for level, index in root.blocked_in(start, end):
+            yield from self.unblock(root, level, index)
 
     def collapse(self, root: Root, gfn: int, level: int, pfn: int, bits: int) -> Steps[None]:
         """A direct table is replaced by a huge leaf with these rights on its aligned frames

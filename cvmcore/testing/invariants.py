@@ -39,6 +39,7 @@ from cvmcore.sched import Held, Lockdep
 from cvmcore.testing.state import (
     ABSENT,
     DESTROYED,
+    IS_BLOCKED,
     IS_LEAF,
     IS_TABLE,
     Bools,
@@ -81,7 +82,7 @@ IOCTLS = frozenset({
 TEARDOWN = frozenset({
     "vm_pre_destroy", "vm_destroy", "vcpu_exit", "vcpu_free", "memslot_prepare", "memslot_free", "split_private_spt",
     "remove_private_spte", "free_private_spt", "unpin_pfn", "flush_remote_tlbs", "gmem_invalidate", "memory_reclaimed",
-    "read_private_spte", "host_access",
+    "read_private_spte", "host_access", "unblock_private_spt",
 })  # fmt: skip
 """Hooks that take memory away: all that is called for a VM that is dead."""
 
@@ -305,7 +306,8 @@ def huge_leaves_allowed(s: State) -> Wrong | None:
     huge = s.mapped.where(s.mapped.level > PG_LEVEL_4K)
     if not len(huge):
         return None
-    limit = np.where(huge.private, s.caps.max_private_level, s.caps.max_shared_level)
+    merged = s.caps.max_promoted_level if s.caps.promotes else PG_LEVEL_4K
+    limit = np.where(huge.private, max(s.caps.max_private_level, merged), s.caps.max_shared_level)
     if not s.caps.private_by_attribute:
         limit[:] = max(s.caps.max_private_level, s.caps.max_shared_level)
     owner = s.slot_of(huge.gfn)
@@ -403,7 +405,7 @@ def entries_in_tables(s: State) -> Wrong | None:
                 if wrong := _first(orphan, "an entry stands in no table", used << order_of(level), kind=kinds[used]):
                     return wrong
             for name, kind, counted in (("leaves", IS_LEAF, root.leaves), ("tables", IS_TABLE, root.tables)):
-                n = int(np.count_nonzero(kinds == kind))
+                n = int(np.count_nonzero((kinds == kind) | ((kinds == IS_BLOCKED) & (kind == IS_TABLE))))
                 if n != counted[level]:
                     states: dict[str, object] = {"counted": counted[level], "are": n}
                     return Wrong(f"{name} of level {level} are counted wrong", states=states)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Bools: TypeAlias = npt.NDArray[np.bool_]
 
 LEAF = np.uint32(PRESENT | TABLE)
-ABSENT, IS_LEAF, IS_TABLE, DESTROYED = 0, 1, 2, 3
+ABSENT, IS_LEAF, IS_TABLE, DESTROYED, IS_BLOCKED = 0, 1, 2, 3, 4
 """What an entry is, as `read_private_spte` says it."""
 
 _NONE: IntArray = np.zeros(0, np.int64)
@@ -87,11 +87,12 @@ def joined(parts: list[Leaves]) -> Leaves:
 
 
 def kinds_of(root: Root, level: int) -> npt.NDArray[np.uint8]:
-    """ABSENT, IS_LEAF or IS_TABLE for every entry of a level; a frozen entry counts as absent."""
+    """ABSENT, IS_LEAF, IS_TABLE or IS_BLOCKED for every entry of a level; a frozen entry counts as absent."""
     words = root.entries[level]
     kinds = np.zeros(len(words), np.uint8)
     kinds[(words & LEAF) == PRESENT] = IS_LEAF
-    kinds[(words & np.uint32(TABLE)) != 0] = IS_TABLE
+    kinds[(words & LEAF) == LEAF] = IS_TABLE
+    kinds[(words & LEAF) == TABLE] = IS_BLOCKED
     return kinds
 
 

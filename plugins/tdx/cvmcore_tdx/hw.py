@@ -755,15 +755,15 @@ class TdxModule:
         return self._td_of[tdr]
 
     def sept_words(self, tdr: int, level: int, gfns: Sel) -> Words:
-        """The entries of a level as they stand, frame << 5 | state, 0 where the walk does not get there.
+        """The entries of a level as they stand, frame << 5 | state, those below a blocked table, too; 0 where there is
+        no table.
 
         For people and checkers: takes no lock, needs no TD that can run. Raises ValueError where there is no TD.
         """
         td = self.td(tdr)
         if not td.sept or not 0 <= level <= td.root_level or not count(gfns):
             return np.zeros(count(gfns), np.uint32)
-        words, levels = self._entries(td, gfns, _index(gfns, level), last(gfns), level)
-        return np.where(np.asarray(levels) == level, words, np.uint32(0))
+        return take(td.table(level, last(gfns) >> 9 * level), _index(gfns, level)).copy()
 
     def page_type(self, pfn: int) -> tuple[PageType, int, int]:
         """Type, owner (TD number) and level of the page that a frame belongs to (TDH.PHYMEM.PAGE.RDMD)."""

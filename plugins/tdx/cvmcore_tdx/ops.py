@@ -20,6 +20,7 @@ from cvmcore.errors import InputError, UapiError
 from cvmcore.hookspecs import API_VERSION, hookimpl
 from cvmcore.pages import EMPTY, IntArray, Sel, array_of, contiguous, count, part, run
 from cvmcore.types import (
+    PG_LEVEL_1G,
     PG_LEVEL_2M,
     PG_LEVEL_4K,
     WALK_OK,
@@ -175,6 +176,7 @@ class Tdx:
             confidential=True,
             encrypts=True,
             promotes=large,
+            max_promoted_level=PG_LEVEL_1G if options["promote"] == "1g" else PG_LEVEL_2M,
             shared_gfn_bit=SHARED_GFN_BIT,
         )
 
@@ -677,30 +679,50 @@ class Tdx:
         return Stopped(0, Fatal(errno.EIO, "a large page could not be split")) if failed else None
 
     @hookimpl
-    def promote_private_spt(self, vm: VmView, gfn: int, level: int, table: int) -> Steps[InstallResult]:
-        """BLOCK the table, TRACK, kick, PROMOTE; WBINVD of the table page. Where the module refuses, UNBLOCK."""
+    def promote_private_spt(self, vm: VmView, gfn: int, level: int, table: int, blocked: bool) -> Steps[InstallResult]:
+        """BLOCK the table, TRACK, kick (unless that was done before), PROMOTE; WBINVD of the table page. Where the
+        module refuses, UNBLOCK."""
         page, tdr, module, meter = run(gfn, 1), vm.arch.tdr, vm.host.hw, vm.host.meter
-        failed = yield from self._must(
-            vm, "TDH.MEM.RANGE.BLOCK", "range_block",
-            lambda gfns: module.tdh_mem_range_block.steps(tdr, level - 1, gfns), page,
-        )  # fmt: skip
-        if failed:
-            return Stopped(0, Fatal(errno.EIO, "a table could not be blocked"))
-        yield from self._track(vm, 1)
+        if not blocked:
+            stopped = yield from self._block_tables(vm, page, level)
+            if stopped is not None:
+                return stopped
         status = int(Status.TDX_INTERRUPTED_RESTARTABLE)
         while status == Status.TDX_INTERRUPTED_RESTARTABLE:
             steps = module.tdh_mem_page_promote.steps(tdr, level - 1, page)
             result = yield from seamcall(meter, "TDH.MEM.PAGE.PROMOTE", "page_promote", steps)
             status = result.status
         if status:
-            yield from self._must(
-                vm, "TDH.MEM.RANGE.UNBLOCK", "range_unblock",
-                lambda gfns: module.tdh_mem_range_unblock.steps(tdr, level - 1, gfns), page,
-            )  # fmt: skip
+            yield from self.unblock_private_spt(vm, page, level)
             return Stopped(0, Retry())
         back = yield from self._write_back(vm, run(table, 1), vm.arch.hkid)
         self._clear(vm.host, back)
         return None
+
+    @hookimpl
+    def block_private_spt(self, vm: VmView, gfns: Sel, level: int) -> Steps[InstallResult]:
+        """BLOCK each table; one TRACK and kick serves all of them."""
+        return (yield from self._block_tables(vm, gfns, level))
+
+    def _block_tables(self, vm: VmView, gfns: Sel, level: int) -> Steps[InstallResult]:
+        steps = vm.host.hw.tdh_mem_range_block.steps
+        failed = yield from self._must(
+            vm, "TDH.MEM.RANGE.BLOCK", "range_block", lambda some: steps(vm.arch.tdr, level - 1, some), gfns
+        )
+        if failed:
+            return Stopped(failed[0], Fatal(errno.EIO, "a table could not be blocked"))
+        yield from self._track(vm, 1)
+        return None
+
+    @hookimpl
+    def unblock_private_spt(self, vm: VmView, gfns: Sel, level: int) -> Steps[None]:
+        """UNBLOCK each table; with the key gone nobody walks them any more."""
+        if vm.arch.key_released:
+            return
+        steps = vm.host.hw.tdh_mem_range_unblock.steps
+        yield from self._must(
+            vm, "TDH.MEM.RANGE.UNBLOCK", "range_unblock", lambda some: steps(vm.arch.tdr, level - 1, some), gfns
+        )
 
     # ---- what guest and host do to memory themselves ----------------------------------------------------------
 
@@ -754,6 +776,7 @@ class Tdx:
         words = vm.host.hw.sept_words(vm.arch.tdr, level - 1, gfns)
         states = words & np.uint32(31)
         kinds = np.where(states >= SeptState.NL_BLOCKED, np.uint8(2), np.uint8(1))
+        kinds[states == SeptState.NL_BLOCKED] = 4
         kinds[(states == SeptState.FREE) | (states == SeptState.REMOVED)] = 0
         return kinds, (words >> np.uint32(5)).astype(np.int64)
 
@@ -775,6 +798,7 @@ TDX = Backend(
     charges=CHARGES,
     options=(
         Option("page_aug", "4k", "largest private page that is mapped", ("4k", "2m")),
+        Option("promote", "2m", "largest page that small ones are merged into, with page_aug=2m", ("2m", "1g")),
         Option("accept", "lazy", "guests accept memory when they first use it, or all at once", ("lazy", "eager")),
         Option("hkids", 63, "key ids for TDs, so TDs that can live at a time"),
         Option("terminate_vm", "off", "offer KVM_TDX_TERMINATE_VM: key released before memory is freed", ("off", "on")),

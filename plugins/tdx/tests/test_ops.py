@@ -444,7 +444,7 @@ def test_split_and_promote(new_vm: Any) -> None:
     assert state_of(vm, 512, 1) == (S.NL_MAPPED, table)
     assert content(vm) == list(range(1, 513))
     vm.host.meter.ops.clear()
-    assert drain(vm.hooks.promote_private_spt(vm, 512, 2, table)) is None
+    assert drain(vm.hooks.promote_private_spt(vm, 512, 2, table, False)) is None
     assert vm.host.meter.ops == {
         "TDH.MEM.RANGE.BLOCK": 1, "TDH.MEM.TRACK": 1, "TDH.MEM.PAGE.PROMOTE": 1, "TDH.PHYMEM.PAGE.WBINVD": 1,
     }  # fmt: skip
@@ -461,7 +461,7 @@ def test_a_promote_that_is_refused(new_vm: Any) -> None:
     vm.accept(run(512, 511))
     table = vm.tables[2, 1]
 
-    assert drain(vm.hooks.promote_private_spt(vm, 512, 2, table)) == Stopped(0, Retry())
+    assert drain(vm.hooks.promote_private_spt(vm, 512, 2, table, False)) == Stopped(0, Retry())
     assert vm.host.meter.ops["TDH.MEM.RANGE.UNBLOCK"] == 1
     assert state_of(vm, 512, 1) == (S.NL_MAPPED, table)
     assert vm.hooks.guest_access(vm, run(512, 511), slice(0, 0, 1), True, True).status == Walk.OK
@@ -475,7 +475,7 @@ def test_an_interrupted_promote_is_made_again(new_vm: Any) -> None:
     drain(vm.hooks.split_private_spt(vm, 512, 2, table))
     vm.host.hw.interrupt_pending = True
 
-    assert drain(vm.hooks.promote_private_spt(vm, 512, 2, table)) is None
+    assert drain(vm.hooks.promote_private_spt(vm, 512, 2, table, False)) is None
     assert vm.host.meter.ops["TDH.MEM.PAGE.PROMOTE"] == 2
 
 
