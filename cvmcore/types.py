@@ -377,7 +377,7 @@ class FramesView(Protocol):
         """n frames as a selector in ascending runs. Raises UapiError(ENOMEM) where there are not so many."""
 
     def free(self, pfns: Sel) -> None:
-        """Give frames back. Pinned or leaked frames are refused: InvariantViolation."""
+        """Give frames back. Leaked frames stay so; free ones are refused: InvariantViolation."""
 
     def leak(self, pfns: Sel, why: str) -> None:
         """Take frames out of circulation for good and list them."""

@@ -416,6 +416,9 @@ class Vm:
             stop = yield from self.tdp.map_leaves(root, batch, WRITABLE)
         yield from drop(locks)
         tables.give_back()
+        mapped = 0 if not free else len(batch) if stop is None else stop.done
+        if mapped and self.host.ops.observed:
+            self.host.ops.emit("populate", "populate", vm=self.id, gfns=batch.part(0, mapped).all_gfns, n=mapped)
         if not free or stop is not None:
             raise UapiError(errno.EIO, "kvm_tdp_mmu_map_private_pfn", f"gfn {first(batch.gfns):#x} could not be mapped")
 

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from cvmcore import __version__
+from cvmcore.cli.checking import check
 from cvmcore.cli.explaining import explain
 from cvmcore.cli.installed import backends, hooks, workloads
 from cvmcore.cli.kernels import diff_fuzz, uapi
@@ -76,6 +77,6 @@ def root(
 
 
 for command in (
-    backends, workloads, hooks, run, compare, study, launch, hw, uapi, diff_fuzz, explain, bench, new_backend,
-):  # fmt: skip
+    backends, workloads, hooks, run, compare, study, launch, hw, uapi, diff_fuzz, explain, bench, new_backend, check,
+):  # fmt: skip  # fmt: skip
     app.command()(command)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from cvmcore.cli.arguments import AsJson, BackendOptions, Backing, Kernel, Policies, Seed, parse_pairs
-from cvmcore.cli.output import WRONG, dump, say, say_json, table
+from cvmcore.cli.output import WRONG, complain, dump, say, say_json, table
 from cvmcore.cli.scripts import Listing, reading, show_operations
-from cvmcore.errors import InputError
+from cvmcore.errors import InputError, InvariantViolation
 
 if TYPE_CHECKING:
     from cvmcore.difference import Step
@@ -39,6 +39,9 @@ def uapi(
     state: Annotated[
         bool, typer.Option("--state", help="Behind each call, what stands in the guest_memfd files.")
     ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="On the model: look at all invariants after each call.")
+    ] = False,
     as_json: Listing = False,
 ) -> int:
     """Do what a VMM and its guest do, line by line.
@@ -61,7 +64,12 @@ def uapi(
 
     def model() -> Script:
         chosen = {**_kernel_options(backend), **options} if diff else options
-        return Script(model_front(backend, kernel=kernel, backing=backing, options=chosen, policies=policies))
+        front = model_front(backend, kernel=kernel, backing=backing, options=chosen, policies=policies)
+        if check:
+            from cvmcore.testing.invariants import Checker
+
+            Checker.on(front.host)
+        return Script(front)
 
     if script is None:
         if live or diff or recorded:
@@ -76,13 +84,17 @@ def uapi(
             steps = beside(model(), real, lines, name) if real else against(model(), lines, name)
             return _compare(steps, out)
         assert real is not None
-        for answer, line in real.play_recording(lines, name, states=state or out is not None):
-            if out is not None:
-                out.write(line + "\n")
-            if not state:
-                answer.pop("state", None)
-            say_json(json.dumps(answer))
-        real.front.close()
+        try:
+            for answer, line in real.play_recording(lines, name, states=state or out is not None):
+                if out is not None:
+                    out.write(line + "\n")
+                if not state:
+                    answer.pop("state", None)
+                say_json(json.dumps(answer))
+            real.front.close()
+        except InvariantViolation as error:
+            complain(str(error).partition("\n")[0])
+            return WRONG
     return 0
 
 

@@ -138,15 +138,21 @@ class Frames:
         return contiguous(np.array(heads, np.int64), size)
 
     def free(self, pfns: Sel) -> None:
-        """Give frames back to the host. A frame with pins stays, ownerless, until the last pin is dropped."""
+        """Give frames back to the host. A frame with pins stays, ownerless, until the last pin is dropped; one that was
+        leaked stays so."""
         if not count(pfns):
             return
         used = take(self.use, pfns)
+        if self.leaks and np.count_nonzero(used == Use.LEAKED):
+            pfns = where(pfns, used != Use.LEAKED)
+            used = take(self.use, pfns)
         if np.count_nonzero((used == Use.FREE) | (used >= Use.ORPHAN)):
             bad = where(pfns, (used == Use.FREE) | (used >= Use.ORPHAN))
             raise InvariantViolation(
                 "a frame is freed that is not in use", pfn=first(bad), states={"use": Use(int(self.use[first(bad)]))}
             )
+        if not count(pfns):
+            return
         pinned = take(self.pins, pfns) != 0
         if np.count_nonzero(pinned):
             self.use[where(pfns, pinned)] = Use.ORPHAN

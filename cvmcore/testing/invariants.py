@@ -728,7 +728,7 @@ def leaves_have_causes(step: Step) -> Wrong | None:
     new = ~np.isin(_keys(after), _keys(before))
     if np.count_nonzero(new):
         mapped = [pages_of(e) for e in step.events if e.kind == "hook" and e.name == "set_private_spte"]
-        causes = np.concatenate([step.gfns("fault"), step.gfns("zap", "collapse"), *mapped])
+        causes = np.concatenate([step.gfns("fault"), step.gfns("populate"), step.gfns("zap", "collapse"), *mapped])
         new &= ~np.isin(after.gfn, causes)
         if wrong := _first(new, "a leaf appeared and no fault made it", after.gfn, after.pfn, level=after.level):
             return wrong
@@ -967,7 +967,8 @@ def one_pin_each(step: Step) -> Wrong | None:
     was, now = step.before.pins[pfn].astype(int), step.after.pins[pfn].astype(int)
     # A page of a large one that was split gets a pin of its own when it is faulted in again, and loses that of the
     # large one when another frame comes in its head's place.
-    most = np.where(np.isin(gfn, step.gfns("fault")), np.minimum(was + 1, PG_LEVEL_1G), was)
+    mapped = np.isin(gfn, np.concatenate([step.gfns("fault"), step.gfns("populate")]))
+    most = np.where(mapped, np.minimum(was + 1, PG_LEVEL_1G), was)
     wrong = (now > most) | ((was != 0) & (now == 0))
     return _first(wrong, "a mapped page was pinned again, or unpinned", gfn, pfn, was=was, now=now)
 

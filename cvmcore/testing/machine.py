@@ -19,8 +19,9 @@ from typing import Any, ClassVar, TypeAlias
 
 import attrs
 import numpy as np
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from cvmcore.backend import Backend
 from cvmcore.errors import InvariantViolation, UapiError
@@ -33,6 +34,7 @@ from cvmcore.plugins import load_backend
 from cvmcore.runner import load_profile_for
 from cvmcore.sched import Lockdep
 from cvmcore.testing.invariants import Checker, Step
+from cvmcore.testing.recorder import Recorder
 from cvmcore.types import (
     GUEST_MEMFD_FLAG_INIT_SHARED,
     GUEST_MEMFD_FLAG_MMAP,
@@ -161,6 +163,8 @@ class UapiMachine(RuleBasedStateMachine):
 
     backend: ClassVar[Backend]
     host_options: ClassVar[dict[str, Any]]
+    last_script: ClassVar[list[str]] = []
+    """What the last example did, as lines for `cvm uapi`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +174,9 @@ class UapiMachine(RuleBasedStateMachine):
             drive=Lockdep(), **self.host_options,
         )
         self.checker = Checker.on(self.host)
-        self.process = Process(self.host)
+        self.recorder = Recorder(self.backend.name, self.host_options["backing"], self.host_options["options"] or {})
+        type(self).last_script = self.recorder.lines
+        self.process: Any = self.recorder.of(Process(self.host))
         self.fd = self.process.create_vm()
         self.vm = self.fd.vm
         self.caps = self.vm.caps
@@ -205,7 +211,7 @@ class UapiMachine(RuleBasedStateMachine):
             self.set_attributes(range(FIRST), True)
         else:
             self.create_slot(0, 0, FIRST, 0, False, 0, 0)
-        self.vcpus = [self.fd.create_vcpu() for _ in range(2)]
+        self.vcpus = [self.fd.create_vcpu(i) for i in range(2)]
         self.fd.launch_finish()
 
     # ---- the model ----------------------------------------------------------------------------------------------
@@ -244,7 +250,8 @@ class UapiMachine(RuleBasedStateMachine):
         return None if kind != private and self.caps.encrypts else stamp
 
     def mapped(self, gfn: int, private: bool) -> bool:
-        return self.vm.tdp.root_for(private).level_at(gfn) > 0
+        level: int = self.vm.tdp.root_for(private).level_at(gfn)
+        return level > 0
 
     def trouble(self, gfn: int, private: bool, write: bool) -> tuple[str, int] | None:
         """How a fault on the gfn ends where it cannot be resolved: ("fault" or "mmio", errno)."""
@@ -307,6 +314,7 @@ class UapiMachine(RuleBasedStateMachine):
         """The next call of a hook fails."""
         hooks = [hook for hook in sorted(INJECTED) if self.host.ops.has(hook)]
         self.injector.aim(hooks[pick % len(hooks)])
+        self.recorder.note(f"the next call of the hook {self.injector.hook} fails")
 
     @invariant()
     def content_is_intact(self) -> None:
@@ -979,4 +987,24 @@ def uapi_machine(
     return type(f"UapiMachine_{chosen.name.replace('-', '_')}_{backing}", (UapiMachine,), members)
 
 
-__all__ = ["UapiMachine", "uapi_machine"]
+def run_machine(
+    backend: str | Backend, *, backing: str = "4k", options: dict[str, str] | None = None, examples: int = 12,
+    steps: int = 25, script: list[str] | None = None, shrink: bool = True,
+) -> None:  # fmt: skip
+    """Run the machine for so many examples of so many steps. What fails is shrunk (if wanted), and raised; script: then
+    holds the calls that lead there, as lines for `cvm uapi` (`cvmcore.uapiscript`)."""
+    made = uapi_machine(backend, backing=backing, options=options)
+    chosen = settings(
+        max_examples=examples, stateful_step_count=steps, deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck), print_blob=False,
+        phases=[phase for phase in Phase if shrink or phase not in (Phase.shrink, Phase.explain)],
+    )  # fmt: skip
+    try:
+        run_state_machine_as_test(made, settings=chosen)
+    except Exception:
+        if script is not None:
+            script += made.last_script
+        raise
+
+
+__all__ = ["UapiMachine", "run_machine", "uapi_machine"]

@@ -112,7 +112,7 @@ class Trace:
             self._note_entries(event)
         if event.phase != "end" or event.pfns is None or "injected" in event.info:
             return
-        if event.name in ("gmem_prepare", "launch_update"):
+        if event.name in ("gmem_prepare", "launch_update") and self.host.ops.has("gmem_invalidate"):
             pfns = array_of(event.pfns)[: _done(event)]
             self.prepared[pfns[self.host.frames.use[pfns] == Use.GMEM]] = 1
         elif event.name == "gmem_invalidate":

@@ -234,7 +234,11 @@ class Pkvm:
         try:
             if not kvm.created:
                 memory = host.frames.alloc(hw.vm_pages(len(kvm.vcpus)), USE_META)
-                pgd = host.frames.alloc(hw.PGD_PAGES, USE_TABLE)
+                try:
+                    pgd = host.frames.alloc(hw.PGD_PAGES, USE_TABLE)
+                except UapiError:
+                    host.frames.free(memory)
+                    raise
                 steps = hyp.init_vm.steps(kvm.handle, kvm.protected, len(kvm.vcpus), kvm.page, memory, pgd)
                 yield from self._must(vm, "__pkvm_init_vm", steps)
                 kvm.created = True

@@ -438,7 +438,8 @@ class AmdSev:
         self._wbinvd(host)
         for region in arch.regions:
             self._unpin(host, region.pfns)
-            vm.charge_memlock(-region.nr_pages, "vm_destroy")
+        vm.charge_memlock(-arch.nr_registered, "vm_destroy")
+        arch.nr_registered = 0
         self._unpin(host, arch.early_pins)
         arch.regions, arch.early_pins = [], []
         if arch.gctx_pfn:

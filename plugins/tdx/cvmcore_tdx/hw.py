@@ -900,7 +900,7 @@ class TdxModule:
         if key in batch.td.held:
             return None
         lock = batch.td.held[key] = _entry_lock()
-        yield lock.try_write
+        yield lock.write  # free: whoever has an entry locked is in `held`
         return key
 
     def _unlock_entry(self, td: Td, key: tuple[int, int]) -> Steps[None]:

@@ -1,0 +1,142 @@
+"""Writes down what a test does through the UAPI, as a script that `cvm uapi FILE --backend B --check` plays again.
+
+`Recorder.of(process)` stands in for a `Process`: the VMs, vCPUs and files that come out of it are recorded as well.
+What a script cannot say (an injected failure) becomes a comment.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cvmcore.pages import array_of
+from cvmcore.uapi import Process
+from cvmcore.vcpu import Accept, Convert, Touch
+
+
+class Recorder:
+    """The lines so far, and the names of descriptors and addresses in them."""
+
+    def __init__(self, backend: str, backing: str, options: dict[str, str]) -> None:
+        more = "".join(f" -o {name}={value}" for name, value in options.items())
+        self.lines = [f"# cvm uapi THIS --backend {backend} --backing {backing}{more} --check"]
+        self.fds: dict[int, str] = {}
+        self.areas: list[tuple[int, int, str]] = []
+        self.names = 0
+
+    def of(self, process: Process) -> Any:
+        """The process, recorded."""
+        return _Recorded(process, self, "")
+
+    def note(self, text: str) -> None:
+        """A comment."""
+        self.lines.append(f"# {text}")
+
+    # ---- names ------------------------------------------------------------------------------------------------
+
+    def new(self, letter: str) -> str:
+        self.names += 1
+        return f"{letter}{self.names}"
+
+    def fd(self, fd: int) -> str | int:
+        return self.fds.get(fd, fd)
+
+    def address(self, hva: int) -> str | int:
+        for low, high, name in self.areas:
+            if low <= hva < high:
+                return f"{name}+{hva - low:#x}" if hva > low else name
+        return hva
+
+
+class _Recorded:
+    """An object whose calls are recorded; everything else is its own."""
+
+    def __init__(self, target: Any, recorder: Recorder, name: str) -> None:
+        self.__dict__.update(_target=target, _recorder=recorder, _name=name)
+
+    def __getattr__(self, attribute: str) -> Any:
+        found = getattr(self._target, attribute)
+        line = _LINES.get(attribute)
+        if line is None or not callable(found):
+            return found
+        recorder, me = self._recorder, self._name
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            said = line(recorder, *args, **kwargs)
+            if said is None:
+                return found(*args, **kwargs)
+            said = {key: value for key, value in said.items() if value is not None}
+            if me:
+                said["vcpu" if attribute in ("run", "pre_fault_memory") else "vm"] = me
+            recorder.lines.append(json.dumps(said))
+            result = found(*args, **kwargs)
+            name = said.get("name", "")
+            if attribute in ("create_guest_memfd", "dup"):
+                recorder.fds[result] = name
+            elif attribute in ("mmap", "mmap_gmem"):
+                recorder.areas.append((result, result + said["size"], name))
+            elif attribute in ("create_vm", "create_vcpu"):
+                return _Recorded(result, recorder, name)
+            return result
+
+        return call
+
+
+def _run(recorder: Recorder, action: Any) -> dict[str, Any] | None:
+    left = array_of(action.gfns)[action.done :].tolist()
+    if not left:
+        return None  # the guest only goes on behind its call
+    common: dict[str, Any] = {"gfns": left}
+    if left == list(range(left[0], left[0] + len(left))):
+        common = {"gpa": left[0] << 12, "pages": len(left)}
+    if isinstance(action, Touch):
+        common["private"] = action.private
+        if action.write:
+            stamps = np.atleast_1d(np.asarray(action.stamps))
+            return {"op": "guest_write", "stamp": int(stamps[min(action.done, len(stamps) - 1)]), **common}
+        return {"op": "guest_read", **common}
+    if isinstance(action, Accept):
+        return {"op": "guest_accept", "level": action.level, "gfns": left}
+    assert isinstance(action, Convert)
+    return {"op": "guest_convert", "private": action.private, **common}
+
+
+_LINES: dict[str, Callable[..., dict[str, Any] | None]] = {
+    "create_vm": lambda r, vm_type=None: {"op": "create_vm", "name": r.new("vm")},
+    "create_vcpu": lambda r, vcpu_id=None: {"op": "create_vcpu", "name": r.new("vcpu"), "id": vcpu_id or 0},
+    "create_guest_memfd": lambda r, size, flags=0: {
+        "op": "create_guest_memfd", "name": r.new("f"), "size": size, "flags": flags,
+    },
+    "set_user_memory_region2": lambda r, slot, flags, gpa, size, hva=0, fd=-1, offset=0: {
+        "op": "set_user_memory_region2", "slot": slot, "flags": flags, "gpa": gpa, "size": size,
+        "hva": r.address(hva), "fd": r.fd(fd), "offset": offset if offset >= 0 else None,
+    },
+    "set_memory_attributes": lambda r, gpa, size, attributes, flags=0: {
+        "op": "set_memory_attributes", "gpa": gpa, "size": size, "attributes": attributes, "flags": flags,
+    },
+    "get_dirty_log": lambda r, slot: {"op": "get_dirty_log", "slot": slot},
+    "launch_finish": lambda r: {"op": "launch_finish"},
+    "run": _run,
+    "pre_fault_memory": lambda r, gpa, size, flags=0: {"op": "pre_fault_memory", "gpa": gpa, "size": size},
+    "mmap": lambda r, size: {"op": "mmap", "name": r.new("m"), "size": size},
+    "mmap_gmem": lambda r, fd, offset, size, shared=True: {
+        "op": "mmap", "name": r.new("m"), "size": size, "fd": r.fd(fd), "offset": offset,
+    },
+    "madvise_dontneed": lambda r, hva, size: {"op": "madvise", "addr": r.address(hva), "size": size},
+    "migrate_pages": lambda r, hva, size: {"op": "migrate_pages", "addr": r.address(hva), "size": size},
+    "write": lambda r, hva, stamps, n, *rest: {
+        "op": "host_write", "addr": r.address(hva), "stamp": int(np.atleast_1d(stamps)[0]), "pages": n,
+    },
+    "read": lambda r, hva, n, *rest: {"op": "host_read", "addr": r.address(hva), "pages": n},
+    "fallocate": lambda r, fd, mode, offset, size: {
+        "op": "fallocate", "fd": r.fd(fd), "mode": mode, "offset": offset, "size": size,
+    },
+    "memory_failure": lambda r, fd, offset: {"op": "memory_failure", "fd": r.fd(fd), "offset": offset},
+    "dup": lambda r, fd: {"op": "dup", "fd": r.fd(fd), "name": r.new("f")},
+    "close": lambda r, fd=None: None if fd is None else {"op": "close", "fd": r.fd(fd)},
+    "exit": lambda r: None,
+}  # fmt: skip
+"""Method of the UAPI's front -> its line of the script."""

@@ -1,0 +1,7 @@
+"""The backends of this plugin conform: hooks, invariants, content, failures, leaks."""
+
+from __future__ import annotations
+
+from cvmcore.testing.conformance import conformance
+
+test_pkvm = conformance("pkvm")

@@ -1,0 +1,9 @@
+"""The backends of this plugin conform: hooks, invariants, content, failures, leaks."""
+
+from __future__ import annotations
+
+from cvmcore.testing.conformance import conformance
+
+test_sev = conformance("sev")
+test_sev_es = conformance("sev-es")
+test_snp = conformance("snp")

@@ -1,0 +1,99 @@
+"""The shipped backends conform, and the suite says what it skips and what fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+
+from cvmcore.backend import Backend
+from cvmcore.backends.swprot import SWPROT, SwProt
+from cvmcore.cli import main
+from cvmcore.hookspecs import hookimpl
+from cvmcore.testing.conformance import CHECKS, Setting, conformance, run_check, settings_of
+from cvmcore.testing.machine import run_machine
+from cvmcore.types import Capabilities, Fatal, InstallResult, Stopped
+
+test_default = conformance("default")
+test_swprot = conformance("swprot")
+
+
+class ForgetsPages(SwProt):
+    """Says that its private pages survive whatever becomes of them, and refuses every tenth."""
+
+    @hookimpl
+    def gmem_prepare(self, gfns: Any) -> InstallResult:
+        return Stopped(0, Fatal(5)) if 9 in range(*gfns.indices(99)) else None
+
+
+def broken() -> Backend:
+    return attrs.evolve(SWPROT, name="broken", vendor="broken", make=ForgetsPages)
+
+
+def test_a_broken_backend_fails() -> None:
+    """What it does wrong is told in a line."""
+    check = next(c for c in CHECKS if c.name == "content.touch")
+
+    outcome = run_check(check, broken(), Setting())
+
+    assert outcome.status == "failed"
+    assert "fails for ever" in outcome.why
+    assert "\n" not in outcome.why
+
+
+def test_capabilities_are_the_only_reason_to_skip() -> None:
+    """Every check that is skipped names the capability that is missing."""
+    for check in CHECKS:
+        if not check.needs(Capabilities()):
+            outcome = run_check(check, attrs.evolve(SWPROT, make=Bare), Setting())
+            assert (outcome.status, outcome.why) == ("skipped", f"needs {check.needs.name}")
+
+
+class Bare:
+    """A backend with no capability at all."""
+
+    @hookimpl
+    def capabilities(self) -> Capabilities:
+        return Capabilities()
+
+
+def test_every_check_says_what_it_asks() -> None:
+    assert len({check.name for check in CHECKS}) == len(CHECKS)
+    assert all(check.text.endswith((".", "?")) for check in CHECKS)
+
+
+def test_settings_cover_every_choice_of_every_option() -> None:
+    assert settings_of(SWPROT) == [Setting("4k"), Setting("2m")]
+
+
+def test_a_failing_run_of_the_machine_can_be_played_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The calls that lead to a failure are a script that `cvm uapi` understands, and that ends in the same call."""
+    script: list[str] = []
+
+    with pytest.raises(Exception):  # noqa: B017
+        run_machine(broken(), examples=60, steps=20, script=script)
+
+    assert script[0].startswith("# cvm uapi")
+    path = tmp_path / "failed.jsonl"
+    path.write_text("\n".join(script), encoding="utf-8")
+    assert main(["uapi", str(path), "--backend", "swprot", "--check"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(answers) == sum(not line.startswith("#") for line in script)
+
+
+def test_check_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """`cvm check` prints a line for each check, what was skipped and why; --json has every outcome."""
+    assert main(["check", "default", "-k", "declared", "-k", "content.punch"]) == 0
+    out = capsys.readouterr().out
+    assert "skipped content.punch: needs private_by_attribute, gmem_backed" in out
+    assert "1 passed, 0 failed" in out
+
+    assert main(["check", "swprot", "-k", "content.touch", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["failed"] == 0
+    assert [row["setting"] for row in found["checks"]] == ["4k", "2m"]
+
+    assert main(["check", "swprot", "-k", "nonsense"]) == 2
