@@ -74,7 +74,7 @@ def test_a_failing_run_of_the_machine_can_be_played_again(tmp_path: Path, capsys
     script: list[str] = []
 
     with pytest.raises(Exception):  # noqa: B017
-        run_machine(broken(), examples=60, steps=20, script=script)
+        run_machine(broken(), examples=60, steps=20, script=script, shrink=False)
 
     assert script[0].startswith("# cvm uapi")
     path = tmp_path / "failed.jsonl"
