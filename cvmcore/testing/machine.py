@@ -259,7 +259,7 @@ class UapiMachine(RuleBasedStateMachine):
         if self.caps.private_by_attribute and private != (gfn in self.private):
             return "fault", errno.EFAULT
         if slot is None:
-            return ("fault", errno.EFAULT) if private else ("mmio", 0)
+            return ("fault", errno.EFAULT) if private and self.caps.private_by_attribute else ("mmio", 0)
         if write and slot.flags & KVM_MEM_READONLY:
             return "mmio", 0
         if self.from_gmem(slot, private):
@@ -760,7 +760,7 @@ class UapiMachine(RuleBasedStateMachine):
         if how == "mmio":
             assert leave == Mmio(gfns[n] * PAGE_BYTES, write), leave
         else:
-            flags = 8 if private else 0
+            flags = 8 if private and self.caps.private_by_attribute else 0
             assert leave == MemoryFault(gfns[n] * PAGE_BYTES, flags, errno=error), leave
 
     def _same(self, seen: Any, expected: list[tuple[int, int | None]]) -> None:
