@@ -33,7 +33,8 @@ class Step:
     def differs(self) -> list[str]:
         """Fields of the answers that are not the same, the weightiest first."""
         ours, theirs = compared(self.model), compared(self.kernel)
-        names = sorted({*ours, *theirs}, key=_weight)
+        # What strace saw is the status only: compared is what it has.
+        names = sorted({*ours, *theirs} if "state" in theirs else theirs, key=_weight)
         return [name for name in names if ours.get(name) != theirs.get(name)]
 
     @property

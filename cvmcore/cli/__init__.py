@@ -16,7 +16,7 @@ from cvmcore import __version__
 from cvmcore.cli.checking import check
 from cvmcore.cli.explaining import explain
 from cvmcore.cli.installed import backends, hooks, workloads
-from cvmcore.cli.kernels import diff_fuzz, uapi
+from cvmcore.cli.kernels import calibrate, diff_fuzz, from_strace, record, uapi
 from cvmcore.cli.launching import launch
 from cvmcore.cli.measuring import bench
 from cvmcore.cli.newbackend import new_backend
@@ -77,6 +77,7 @@ def root(
 
 
 for command in (
-    backends, workloads, hooks, run, compare, study, launch, hw, uapi, diff_fuzz, explain, bench, new_backend, check,
-):  # fmt: skip  # fmt: skip
+    backends, workloads, hooks, run, compare, study, launch, hw, uapi, diff_fuzz, calibrate, record,
+    from_strace, explain, bench, new_backend, check,
+):  # fmt: skip
     app.command()(command)

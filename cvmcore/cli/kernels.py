@@ -1,4 +1,5 @@
-"""`cvm uapi`, `cvm diff-fuzz`: the calls of a VMM and its guest, on the model, on this machine's kernel, or on both."""
+"""`cvm uapi`, `diff-fuzz`, `calibrate`, `record`, `from-strace`: the calls of a VMM and its guest on the model, on this
+machine's kernel, or on both; what they cost there, and what real ones did."""
 
 from __future__ import annotations
 
@@ -141,6 +142,80 @@ def diff_fuzz(
         known = sum(outcome.quirks.values())
         say_json(f"{outcome.steps} calls in {outcome.cases} cases, {known} known quirks, no other difference")
     return WRONG if outcome.script else 0
+
+
+def calibrate(
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="The profile to write.")],
+    live: Annotated[bool, typer.Option("--live", help="Measure this machine's /dev/kvm.")] = False,
+    backend: Annotated[
+        str, typer.Option("--backend", metavar="NAME", help="Whose prices it extends; see `cvm backends`.")
+    ] = "default",
+    times: Annotated[int, typer.Option("--times", metavar="N", help="Samples of each.", min=1, max=1000)] = 9,
+) -> None:
+    """Write a profile with this machine's own prices.
+
+    Fault-in, punch, memslots and the guest's first touch are measured on /dev/kvm; all else is the backend's own.
+    """
+    from cvmcore.calibrate import calibrated, write_profile
+    from cvmcore.live.front import Server
+    from cvmcore.plugins import load_backend
+
+    if not live:
+        raise InputError("calibrate measures a real kernel: say --live")
+    chosen = load_backend(backend)
+    if chosen.kvm_type != 0:
+        raise InputError(f"calibrate measures VM type 0, which backend {backend} is not: take default")
+    with Server() as server:
+        prices = calibrated(server, chosen, times)
+    try:
+        write_profile(output, prices, backend)
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written: {error.strerror or error}") from None
+    rows = [(price.item, f"{price.ns:,.0f}", price.confidence) for price in prices]
+    say(table(("price", "ns", "confidence"), rows))
+
+
+def record(
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND", help="What to run, behind --.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="The trace to write.")],
+    lackey: Annotated[
+        bool, typer.Option("--lackey", help="Each access of the program, by valgrind, in place of a VM's faults.")
+    ] = False,
+) -> int:
+    """Record a real VM, or a program, for `cvm run trace`.
+
+    A VM's faults, exits and backing pages by KVM's tracepoints (as root), while the command runs and of it alone.
+    """
+    from cvmcore.record import record_program, record_vm
+
+    done = record_program(command, output) if lackey else record_vm(command, output)
+    if done.missing:
+        complain(f"this kernel has no {', '.join(done.missing)}")
+    if done.lost:
+        complain(f"{done.lost} events were lost: the buffer was full")
+    if done.status:
+        complain(f"the command ended with {done.status}")
+    say_json(f"{done.events} events in {output}; replay: cvm run trace {output}")
+    return 0 if done.events else WRONG
+
+
+def from_strace(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Output of strace; - is standard input.")],
+) -> None:
+    """Turn a VMM's calls, recorded by strace, into a script.
+
+    For `cvm uapi SCRIPT --recorded`: what the kernel answered stands in each line. How to call strace: docs/live.md.
+    """
+    from cvmcore.strace import Importer
+
+    found = Importer()
+    with reading(file) as lines:
+        for line in found.lines(lines, "standard input" if file == "-" else file):
+            say_json(line)
+    for request, n in found.skipped.items():
+        complain(f"{n} calls of {request} were left out: this strace did not decode them (a newer one does)")
+    if not found.calls:
+        raise InputError(f"{file}: no call of KVM in it")
 
 
 def _kernel_options(backend: str) -> dict[str, str]:

@@ -63,6 +63,29 @@ class Server:
         return answer
 
 
+    def begin(self) -> None:
+        """A process for a case."""
+        self.answer(self.ask(["begin"]), "ready")
+
+    def measure(self, times: int) -> dict[str, list[float]]:
+        """What calls cost, in a process of its own (`cvmcore.live.measure`): so many samples of each, sorted, in ns."""
+        self.begin()
+        found: dict[str, list[float]] = self.answer(self.ask(["measure", times]), "answer")
+        self.ask(["end"])
+        return found
+
+    def answer(self, answer: dict[str, Any], wanted: str) -> Any:
+        """What an answer has; InputError where the driver refused, LiveError where the case is over."""
+        if wanted in answer:
+            return answer[wanted]
+        if "refused" in answer:
+            raise InputError(f"live: {answer['refused']}")
+        if "failed" in answer:
+            self.listen()  # how the process ended
+            raise LiveError(f"live: the process of this case failed: {answer['failed']}")
+        raise LiveError(f"live: the process of this case was killed by {answer.get('ended') or 'nobody knows what'}")
+
+
 class LiveFront:
     """One case on a real kernel (`cvmcore.uapiscript.Front`). kvm_type: of VMs that a script creates without a type."""
 
@@ -75,7 +98,7 @@ class LiveFront:
         """Do one call on the kernel; the first one begins the case."""
         if not self._open:
             self._open = True
-            self._answer(self.server.ask(["begin"]), "ready")
+            self.server.begin()
         if op == "create_vm" and arguments["type"] is None:
             arguments = {"type": self.kvm_type}
         if isinstance(gfns := arguments.get("gfns"), range):
@@ -99,12 +122,8 @@ class LiveFront:
             self.server.ask(["end"])
 
     def _answer(self, answer: dict[str, Any], wanted: str) -> Any:
-        if wanted in answer:
-            return answer[wanted]
-        if "refused" in answer:
-            raise InputError(f"live: {answer['refused']}")
-        self._open = False
-        if "failed" in answer:
-            self.server.listen()  # how the process ended
-            raise LiveError(f"live: the process of this case failed: {answer['failed']}")
-        raise LiveError(f"live: the process of this case was killed by {answer.get('ended') or 'nobody knows what'}")
+        try:
+            return self.server.answer(answer, wanted)
+        except LiveError:
+            self._open = False
+            raise

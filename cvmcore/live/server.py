@@ -12,6 +12,7 @@ import signal
 from typing import Any
 
 from cvmcore.live.driver import Driver, Refused
+from cvmcore.live.measure import measured
 
 PATIENCE_S = 60
 """What hangs longer is killed."""
@@ -47,6 +48,8 @@ def case() -> None:
                     send({"answer": driver.call(op, arguments)})
                 case ["state", int(fd)]:
                     send({"answer": driver.state(fd)})
+                case ["measure", int(times)]:
+                    send({"answer": measured(times)})
                 case _:
                     send({"refused": f"no request: {request}"})
         except Refused as error:
