@@ -361,12 +361,15 @@ class Vm:
         yield from self.host.ops.call("memory_reclaimed", vm=self, nr_pages=pages)
 
     def gmem_release(self, file: GmemFile) -> Steps[None]:
-        """The last reference to a guest_memfd file is gone."""
+        """The last reference to a guest_memfd file is gone. The memory goes with the inode's last file, after the VM's
+        reference: by then there may be no VM any more (__fput: kvm_gmem_release, then evict)."""
         yield self.slots_lock.write
         yield from invalidate.release(file)
         yield self.slots_lock.release
         self.gmem_files.remove(file)
         yield from self.put()
+        if not file.inode.files:
+            yield from file.inode.truncate(0, file.inode.npages)
 
     def put(self) -> Steps[None]:
         """Drop a reference to the VM; the last one destroys it."""

@@ -229,8 +229,7 @@ def punch_hole(inode: GmemInode, start: int, n: int) -> Steps[int]:
 
 
 def release(file: GmemFile) -> Steps[None]:
-    """kvm_gmem_release, slots_lock held: every bound slot loses its file, all bindings are zapped, the file goes; the
-    memory goes with the inode's last file."""
+    """kvm_gmem_release, slots_lock held: every bound slot loses its file, all bindings are zapped, the file goes."""
     inode = file.inode
     yield inode.invalidate_lock.write
     for _, _, slot in file.bindings:
@@ -240,8 +239,6 @@ def release(file: GmemFile) -> Steps[None]:
     yield from invalidate(file.vm, ranges, gmem_kinds(inode, Cause.RELEASE), callback=callback)
     file.bindings = []
     inode.files.remove(file)
-    if not inode.files:
-        yield from inode.truncate(0, inode.npages)
     yield inode.invalidate_lock.release
 
 
