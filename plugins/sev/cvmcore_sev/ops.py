@@ -66,6 +66,7 @@ from cvmcore.types import (
 )
 from cvmcore_sev.cost import CHARGES, PROFILES
 from cvmcore_sev.errors import RmpStatus, SevStatus
+from cvmcore_sev.ghcb import MAX_ENTRIES, fill, split_2m
 from cvmcore_sev.hw import POLICY_ES, VMSA_GFN, Answer, SevHardware
 from cvmcore_sev.launch import BSP_EIP, CPUS, PAGE_TYPES, vmsa_page, with_features
 
@@ -73,8 +74,6 @@ SEV_TYPE, SEV_ES_TYPE, SNP_TYPE = "sev", "sev-es", "snp"
 MAX_ASID: Final = 509
 MIN_SEV_ASID: Final = 100
 _INT_MAX: Final = 2**31 - 1
-GHCB_ENTRIES: Final = 253
-"""Entries of one page state change call."""
 RMP_IN_USE: Final = point("rmp.in_use")
 """Another CPU holds an RMP entry: spin."""
 _SPINS: Final = 1000
@@ -264,17 +263,6 @@ def _runs(pfns: Sel) -> Iterator[tuple[int, int]]:
         yield 0, count(pfns)
         return
     yield from pairwise([0, *(np.flatnonzero(pfns[1:] != pfns[:-1] + 1) + 1).tolist(), len(pfns)])
-
-
-def _split_2m(gfns: Sel) -> tuple[Sel, Sel]:
-    """Heads of the whole 2M blocks in a run, and the 4K pages beside them; scattered pages are all 4K."""
-    if not isinstance(gfns, slice):
-        return EMPTY, gfns
-    low, high = -(-gfns.start // PAGES_2M) * PAGES_2M, gfns.stop // PAGES_2M * PAGES_2M
-    if high <= low:
-        return EMPTY, gfns
-    rest = np.concatenate([np.arange(gfns.start, low), np.arange(high, gfns.stop)])
-    return run(low, (high - low) // PAGES_2M, PAGES_2M), contiguous(rest)
 
 
 class AmdSev:
@@ -602,7 +590,7 @@ class AmdSev:
             large = 0
             if host.backing_level >= PG_LEVEL_2M:
                 stretches = (contiguous(array_of(part(pfns, low, high))) for low, high in _runs(pfns))
-                large = sum(count(_split_2m(stretch)[0]) for stretch in stretches)
+                large = sum(count(split_2m(stretch)[0]) for stretch in stretches)
             host.frames.pin(pfns)
             host.meter.charge("gup_pin_2m", large)
             host.meter.charge("gup_pin_4k", n - large * PAGES_2M)
@@ -1000,10 +988,14 @@ class AmdSev:
             if isinstance(refault, Refault):
                 return refault
             gfns = refault
-        entries = sum(count(some) for some in _split_2m(gfns))
-        vm.host.meter.op("SNP_PSC", "psc_call", -(-entries // GHCB_ENTRIES))
+        if vm.host.options.get("psc") == "msr":
+            vm.host.meter.op("SNP_PSC_MSR", "psc_call", count(gfns))
+            vm.host.meter.charge("psc_entry", count(gfns))
+            return Exit(count(gfns), count(gfns))
+        entries, exits = fill(gfns)
+        vm.host.meter.op("SNP_PSC", "psc_call", -(-entries // MAX_ENTRIES))
         vm.host.meter.charge("psc_entry", entries)
-        return Exit(count(gfns))
+        return Exit(count(gfns), exits)
 
     def _rescind(self, vm: VmView, gfns: Sel) -> Steps[Sel | Refault]:
         """PVALIDATE(0) of the leading pages that are mapped; returns them, or the first that must be mapped.
@@ -1020,7 +1012,7 @@ class AmdSev:
         if n == 0:
             return Refault(first(gfns))
         gfns, pfns = part(gfns, 0, n), part(pfns, 0, n)
-        large, small = _split_2m(gfns)
+        large, small = split_2m(gfns)
         if count(large):
             frames = contiguous(array_of(pfns)[array_of(large) - first(gfns)], PAGES_2M)
             answer = vm.host.hw.rmp.pvalidate(frames, large, asid=vm.key, validate=False, level=PG_LEVEL_2M)
@@ -1211,6 +1203,11 @@ _PINNING: Final = Option(
     ("upfront", "demand"),
 )
 
+_PSC: Final = Option(
+    "psc", "buffer", "how the guest asks for page state changes: up to 253 entries in a buffer, or page by page",
+    ("buffer", "msr"),
+)
+
 
 def _backend(name: str, summary: str, options: tuple[Option, ...]) -> Backend:
     return Backend(name, "amd-sev", name, summary, API_VERSION, AmdSev, PROFILES[name], CHARGES, options)
@@ -1223,4 +1220,4 @@ def watch_launch(vm: VmView, tell: Callable[[str, int | None, bytes], None]) -> 
 
 SEV = _backend(SEV_TYPE, "AMD SEV: memory encrypted where it lies, every guest page pinned", (_PINNING, *_ASIDS))
 SEV_ES = _backend(SEV_ES_TYPE, "AMD SEV-ES: SEV with encrypted registers", (_PINNING, *_ASIDS))
-SNP = _backend(SNP_TYPE, "AMD SEV-SNP: private memory in guest_memfd, owned through the RMP", _ASIDS)
+SNP = _backend(SNP_TYPE, "AMD SEV-SNP: private memory in guest_memfd, owned through the RMP", (_PSC, *_ASIDS))

@@ -674,8 +674,16 @@ def convert(rig, vm, gfns, private):
 
 def test_to_private_the_guest_asks_first_and_validates_later(rig):
     vm = rig.vm("snp")
-    assert convert(rig, vm, run(0, 300), True).n == 300
+    asked = convert(rig, vm, run(0, 300), True)
+    assert (asked.n, asked.exits) == (300, 2)
     assert (rig.ops["SNP_PSC"], rig.items["psc_entry"], rig.ops["PVALIDATE"]) == (2, 300, 0)
+
+
+def test_by_the_msr_each_page_is_asked_for_by_itself(make_rig):
+    rig = make_rig(options={"psc": "msr"})
+    asked = convert(rig, rig.vm("snp"), run(0, 300), True)
+    assert (asked.n, asked.exits) == (300, 300)
+    assert (rig.ops["SNP_PSC"], rig.ops["SNP_PSC_MSR"], rig.items["psc_call"]) == (0, 300, 300)
 
 
 @pytest.mark.parametrize(
