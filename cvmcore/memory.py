@@ -72,12 +72,13 @@ class Memory:
         self.write(target, self.read(source, 0), 0)
 
     def intern(self, content: bytes) -> int:
-        """The stamp that stands for these 4096 bytes (shorter content is padded with zeros)."""
+        """The stamp that stands for these 4096 bytes (shorter content is padded with zeros): `bytes_of` in reverse."""
         page = content.ljust(4096, b"\0")
         if len(page) != 4096:
             raise ValueError(f"a page has 4096 bytes, not {len(page)}")
-        if not page.strip(b"\0"):
-            return ZERO
+        plain = int.from_bytes(page[:4], "little")
+        if plain < INTERNED and page == page[:4] * 1024:
+            return plain
         if page not in self._ids:
             self._ids[page] = INTERNED + len(self._bytes)
             self._bytes.append(page)

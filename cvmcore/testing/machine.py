@@ -194,6 +194,8 @@ class UapiMachine(RuleBasedStateMachine):
         """The VMM's memory by page."""
         self.detached: Content = {}
         """By gfn: pages that the guest keeps, though the VMM's memory has another one there by now."""
+        self.regions: list[tuple[int, int]] = []
+        """(hva, size) that the VMM has registered."""
         self.files: list[File] = []
         self.slots: dict[int, Slot] = {}
         self.private: set[int] = set()
@@ -620,6 +622,28 @@ class UapiMachine(RuleBasedStateMachine):
                 if slot is not None and slot.file is not None:
                     self.zap(slot.file, [gfn - slot.base + slot.pgoff])
 
+    # ---- regions that the VMM registers -------------------------------------------------------------------------
+
+    @precondition(lambda self: self.host.ops.has("register_region"))
+    @rule(run=runs)
+    def register_region(self, run: range) -> None:
+        """KVM_MEMORY_ENCRYPT_REG_REGION of a part of the VMM's memory, also of one that is registered already."""
+        hva, size = self.area + run.start * PAGE_BYTES, len(run) * PAGE_BYTES
+        with self.call("register_region"):
+            self.fd.register_region(hva, size)
+        if not self.vm.dead:
+            self.regions.append((hva, size))
+
+    @precondition(lambda self: self.regions)
+    @rule(pick=st.integers(0, 5))
+    def unregister_region(self, pick: int) -> None:
+        """KVM_MEMORY_ENCRYPT_UNREG_REGION of exactly what was registered: the host may move it again."""
+        hva, size = self.regions[pick % len(self.regions)]
+        with self.call("unregister_region"):
+            self.fd.unregister_region(hva, size)
+        if not self.vm.dead:
+            self.regions.remove((hva, size))
+
     # ---- the host's memory management ---------------------------------------------------------------------------
 
     @rule(run=runs)
@@ -946,7 +970,7 @@ class UapiMachine(RuleBasedStateMachine):
 
 DEAD_EIO = frozenset({
     "create_vcpu", "create_guest_memfd", "memslot", "set_memory_attributes", "prefault", "write", "read", "accept",
-    "convert", "get_dirty_log",
+    "convert", "get_dirty_log", "register_region", "unregister_region",
 })  # fmt: skip
 """The calls above that are ioctls of a VM or a vCPU."""
 

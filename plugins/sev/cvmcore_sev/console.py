@@ -381,6 +381,44 @@ class Console:
         return self._status(self.psp.launch_finish(handle))
 
     @op
+    def send_start(self, handle: int) -> Told:
+        """SEND_START: the session that a receiver needs."""
+        status, session = self.psp.send_start(handle)
+        return self._status(status, session=session.hex())
+
+    @op
+    def send_update_data(self, handle: int, paddr: int, length: int) -> Told:
+        """SEND_UPDATE_DATA: guest memory, encrypted for transport."""
+        status, header, data = self.psp.send_update_data(handle, paddr, length)
+        return self._status(status, header=header.hex(), data=data.hex())
+
+    @op
+    def send_finish(self, handle: int) -> Told:
+        """SEND_FINISH: the guest has left."""
+        return self._status(self.psp.send_finish(handle))
+
+    @op
+    def send_cancel(self, handle: int) -> Told:
+        """SEND_CANCEL: the guest stays."""
+        return self._status(self.psp.send_cancel(handle))
+
+    @op
+    def receive_start(self, session: str, policy: int = 0) -> Told:
+        """RECEIVE_START: a guest that comes from elsewhere, and its handle."""
+        status, handle = self.psp.receive_start(policy, _bytes(session))
+        return self._status(status, handle=handle)
+
+    @op
+    def receive_update_data(self, handle: int, paddr: int, header: str, data: str) -> Told:
+        """RECEIVE_UPDATE_DATA: what was sent, into guest memory."""
+        return self._status(self.psp.receive_update_data(handle, paddr, _bytes(header), _bytes(data)))
+
+    @op
+    def receive_finish(self, handle: int) -> Told:
+        """RECEIVE_FINISH: the guest may run here."""
+        return self._status(self.psp.receive_finish(handle))
+
+    @op
     def guest_status(self, handle: int) -> Told:
         """GUEST_STATUS."""
         status, state, asid, policy = self.psp.guest_status(handle)

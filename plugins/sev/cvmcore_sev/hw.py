@@ -794,6 +794,21 @@ def measurement(tik: bytes, api: tuple[int, int], build: int, policy: int, diges
     return hmac.new(tik, message, hashlib.sha256).digest() + nonce
 
 
+def transport(session: bytes, nonce: bytes, plain: bytes) -> tuple[bytes, bytes]:
+    """(header, data) of a transport packet: nonce and MAC; the bytes under the transport key. A stand-in for AES-CTR:
+    what matters is that nobody without the session reads or changes it unseen."""
+    stream = hashlib.shake_256(session[:16] + nonce).digest(len(plain))
+    data = bytes(a ^ b for a, b in zip(plain, stream, strict=True))
+    return nonce + hmac.new(session[16:], nonce + data, hashlib.sha256).digest(), data
+
+
+def received(session: bytes, header: bytes, data: bytes) -> bytes | None:
+    """The bytes of a transport packet; None where header, data and session do not belong together."""
+    nonce = header[:16]
+    mac = hmac.new(session[16:], nonce + data, hashlib.sha256).digest()
+    return transport(session, nonce, data)[1] if header[16:] == mac else None
+
+
 # ---- guests ---------------------------------------------------------------------------------------------------
 
 SEV_TRANSITIONS: Final[Mapping[tuple[str, SevGuestState], SevGuestState]] = {
@@ -804,9 +819,11 @@ SEV_TRANSITIONS: Final[Mapping[tuple[str, SevGuestState], SevGuestState]] = {
     ("LAUNCH_SECRET", SevGuestState.LSECRET): SevGuestState.LSECRET,
     ("LAUNCH_FINISH", SevGuestState.LSECRET): SevGuestState.RUNNING,
     ("SEND_START", SevGuestState.RUNNING): SevGuestState.SUPDATE,
+    ("SEND_UPDATE_DATA", SevGuestState.SUPDATE): SevGuestState.SUPDATE,
     ("SEND_FINISH", SevGuestState.SUPDATE): SevGuestState.SENT,
     ("SEND_CANCEL", SevGuestState.SUPDATE): SevGuestState.RUNNING,
     ("RECEIVE_START", SevGuestState.INVALID): SevGuestState.RUPDATE,
+    ("RECEIVE_UPDATE_DATA", SevGuestState.RUPDATE): SevGuestState.RUPDATE,
     ("RECEIVE_FINISH", SevGuestState.RUPDATE): SevGuestState.RUNNING,
 }
 """(command, state before) -> state after; what is not here is INVALID_GUEST_STATE. DECOMMISSION ends any state."""
@@ -846,6 +863,7 @@ RECLAIMED: Final[Mapping[PageState, PageState]] = {
 """SNP_PAGE_RECLAIM: state before -> after. Mutable pages stay as they are; what is not here is INVALID_PAGE_STATE."""
 
 POLICY_ES: Final = 1 << 2
+POLICY_NOSEND: Final = 1 << 3
 SNP_POLICY_SMT, SNP_POLICY_MUST_BE_ONE, SNP_POLICY_MIGRATE_MA, SNP_POLICY_DEBUG, SNP_POLICY_SINGLE_SOCKET = (
     1 << bit for bit in range(16, 21)
 )
@@ -865,6 +883,8 @@ class SevGuest:
     asid: int = 0
     state: SevGuestState = SevGuestState.LUPDATE
     digest: Any = attrs.field(factory=hashlib.sha256)
+    session: bytes = b""
+    """Transport keys of a migration: 16 bytes each for encryption and integrity."""
 
     @property
     def es(self) -> bool:
@@ -1103,12 +1123,16 @@ class Psp:
             return guest
         if not guest.asid:
             return SevStatus.INACTIVE
-        pfns, offset = _touched(paddr, len(secret)), paddr % PAGE_BYTES
+        self._put(guest, paddr, secret)
+        return SevStatus.SUCCESS
+
+    def _put(self, guest: SevGuest, paddr: int, data: bytes) -> None:
+        """Write bytes through the guest's key; the rest of the pages stays."""
+        pfns, offset = _touched(paddr, len(data)), paddr % PAGE_BYTES
         old = self._bytes(pfns, guest.asid)
-        new = old[:offset] + secret + old[offset + len(secret) :]
+        new = old[:offset] + data + old[offset + len(data) :]
         stamps = [self.memory.intern(new[at : at + PAGE_BYTES]) for at in range(0, len(new), PAGE_BYTES)]
         self.memory.write(pfns, np.array(stamps, np.uint32), guest.asid)
-        return SevStatus.SUCCESS
 
     @command
     def launch_finish(self, handle: int) -> SevStatus:
@@ -1119,6 +1143,88 @@ class Psp:
         guest.state = SEV_TRANSITIONS["LAUNCH_FINISH", guest.state]
         if guest.asid:
             self.asids[guest.asid] = AsidState.IN_USE
+        return SevStatus.SUCCESS
+
+    # ---- SEV: migration to another machine ------------------------------------------------------------------------
+
+    @command
+    def send_start(self, handle: int) -> tuple[SevStatus, bytes]:
+        """SEND_START: (status, session); the session stands for transport keys wrapped for the receiver's PDH."""
+        guest = self._sev(handle, "SEND_START")
+        if isinstance(guest, SevStatus):
+            return guest, b""
+        if guest.policy & POLICY_NOSEND:
+            return SevStatus.POLICY_FAILURE, b""
+        guest.state = SEV_TRANSITIONS["SEND_START", guest.state]
+        guest.session = self._random(32)
+        return SevStatus.SUCCESS, guest.session
+
+    @command
+    def send_update_data(self, handle: int, paddr: int, length: int) -> tuple[SevStatus, bytes, bytes]:
+        """SEND_UPDATE_DATA: (status, header, data) of guest memory, encrypted for transport."""
+        guest = self._sev(handle, "SEND_UPDATE_DATA")
+        status = guest if isinstance(guest, SevStatus) else self._span(guest, paddr, length)
+        if isinstance(guest, SevStatus) or status:
+            return status, b"", b""
+        plain = self._bytes(_touched(paddr, length), guest.asid)[paddr % PAGE_BYTES :][:length]
+        header, data = transport(guest.session, self._random(16), plain)
+        return SevStatus.SUCCESS, header, data
+
+    @command
+    def send_finish(self, handle: int) -> SevStatus:
+        """SEND_FINISH: all is sent; the guest does not run here any more."""
+        return self._goes(handle, "SEND_FINISH")
+
+    @command
+    def send_cancel(self, handle: int) -> SevStatus:
+        """SEND_CANCEL: the guest goes on here."""
+        return self._goes(handle, "SEND_CANCEL")
+
+    @command
+    def receive_start(self, policy: int, session: bytes) -> tuple[SevStatus, int]:
+        """RECEIVE_START: a guest that comes from elsewhere; returns (status, handle)."""
+        handle = next((h for h in range(1, NR_ASIDS) if h not in self.guests), 0)
+        if not handle:
+            return SevStatus.RESOURCE_LIMIT, 0
+        if len(session) != 32:
+            return SevStatus.BAD_MEASUREMENT, 0
+        state = SEV_TRANSITIONS["RECEIVE_START", SevGuestState.INVALID]
+        self.guests[handle] = SevGuest(policy, session[16:], state=state, session=session)
+        return SevStatus.SUCCESS, handle
+
+    @command
+    def receive_update_data(self, handle: int, paddr: int, header: bytes, data: bytes) -> SevStatus:
+        """RECEIVE_UPDATE_DATA: data into guest memory. BAD_MEASUREMENT where it is not as it was sent."""
+        guest = self._sev(handle, "RECEIVE_UPDATE_DATA")
+        status = guest if isinstance(guest, SevStatus) else self._span(guest, paddr, len(data))
+        if isinstance(guest, SevStatus) or status:
+            return status
+        plain = received(guest.session, header, data)
+        if plain is None:
+            return SevStatus.BAD_MEASUREMENT
+        self._put(guest, paddr, plain)
+        return SevStatus.SUCCESS
+
+    @command
+    def receive_finish(self, handle: int) -> SevStatus:
+        """RECEIVE_FINISH: the guest may run."""
+        status = self._goes(handle, "RECEIVE_FINISH")
+        if not status and self.guests[handle].asid:
+            self.asids[self.guests[handle].asid] = AsidState.IN_USE
+        return status
+
+    def _span(self, guest: SevGuest, paddr: int, length: int) -> SevStatus:
+        if not guest.asid:
+            return SevStatus.INACTIVE
+        if paddr % 16 or paddr + length > self.memory.nr_frames * PAGE_BYTES:
+            return SevStatus.INVALID_ADDRESS
+        return SevStatus.INVALID_LENGTH if not length or length % 16 else SevStatus.SUCCESS
+
+    def _goes(self, handle: int, name: str) -> SevStatus:
+        guest = self._sev(handle, name)
+        if isinstance(guest, SevStatus):
+            return guest
+        guest.state = SEV_TRANSITIONS[name, guest.state]
         return SevStatus.SUCCESS
 
     def launch_digest(self, handle: int) -> bytes:

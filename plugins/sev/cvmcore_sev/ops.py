@@ -1138,12 +1138,95 @@ class AmdSev:
         if len(list(_runs(contiguous(pfns)))) > 1:
             raise UapiError(errno.EINVAL, call, "the pages are not physically contiguous")
         address = (int(pfns[0]) << PAGE_SHIFT) + hva % PAGE_BYTES
-        status = yield from self._command(
-            vm.host, "LAUNCH_SECRET", vm.host.hw.psp.launch_secret.steps(vm.arch.handle, address, secret)
-        )
+        steps = vm.host.hw.psp.launch_secret.steps(vm.arch.handle, address, secret)
+        yield from self._pinned_command(vm, contiguous(pfns), "LAUNCH_SECRET", steps, call)
+        return {}
+
+    def _pinned_command(self, vm: VmView, pfns: Sel, name: str, steps: Steps[SevStatus], call: str) -> Steps[None]:
+        """A firmware command that writes guest memory by the frame: pinned meanwhile, on demand pinning also after.
+
+        Raises UapiError(EIO) where the firmware refuses; then nothing stays pinned.
+        """
+        host, arch = vm.host, vm.arch
+        host.frames.pin(pfns)
+        host.meter.charge("gup_pin_4k", count(pfns))
+        host.meter.charge("cacheline_flush_4k", count(pfns))
+        status = yield from self._command(host, name, steps)
+        if arch.demand and not status:
+            arch.early_pins.append(pfns)
+        else:
+            self._unpin(host, [pfns])
         if status:
             raise UapiError(errno.EIO, call, f"firmware: {status.name}")
+
+    def _one_page(self, vm: VmView, hva: int, length: int, call: str) -> tuple[Sel, int]:
+        """The frame behind a stretch of guest memory that lies in one page, and its physical address."""
+        if length <= 0 or hva % PAGE_BYTES + length > PAGE_BYTES:
+            raise UapiError(errno.EINVAL, call, "the length is 0, or crosses a page")
+        pfns = vm.gup_range(hva, length)[0]
+        return pfns, (first(pfns) << PAGE_SHIFT) + hva % PAGE_BYTES
+
+    def _op_send_start(self, vm: VmView, arguments: dict[str, Any]) -> Steps[dict[str, Any]]:
+        steps = vm.host.hw.psp.send_start.steps(vm.arch.handle)
+        status, session = yield from self._command(vm.host, "SEND_START", steps)
+        if status:
+            raise UapiError(errno.EIO, "KVM_SEV_SEND_START", f"firmware: {status.name}")
+        return {"session": session, "policy": vm.arch.policy}
+
+    def _op_send_data(self, vm: VmView, arguments: dict[str, Any]) -> Steps[dict[str, Any]]:
+        call = "KVM_SEV_SEND_UPDATE_DATA"
+        length = arguments["guest_len"]
+        pfns, address = self._one_page(vm, arguments["guest_uaddr"], length, call)
+        vm.host.frames.pin(pfns)
+        vm.host.meter.charge("gup_pin_4k")
+        vm.host.meter.charge("cacheline_flush_4k")
+        steps = vm.host.hw.psp.send_update_data.steps(vm.arch.handle, address, length)
+        status, header, data = yield from self._command(vm.host, "SEND_UPDATE_DATA", steps)
+        self._unpin(vm.host, [pfns])
+        if status:
+            raise UapiError(errno.EIO, call, f"firmware: {status.name}")
+        return {"hdr": header, "trans": data}
+
+    def _op_receive_start(self, vm: VmView, arguments: dict[str, Any]) -> Steps[dict[str, Any]]:
+        call = "KVM_SEV_RECEIVE_START"
+        arch, psp = vm.arch, vm.host.hw.psp
+        if arch.started:
+            raise UapiError(errno.EINVAL, call, "the VM has a context already")
+        steps = psp.receive_start.steps(arguments["policy"], arguments["session"])
+        status, handle = yield from self._command(vm.host, "RECEIVE_START", steps)
+        if not status:
+            status = yield from self._command(vm.host, "ACTIVATE", psp.activate.steps(handle, arch.asid))
+            if status:
+                yield from self._command(vm.host, "DECOMMISSION", psp.decommission.steps(handle))
+        if status:
+            raise UapiError(errno.EIO, call, f"firmware: {status.name}")
+        arch.handle, arch.policy = handle, arguments["policy"]
+        return {"handle": handle}
+
+    def _op_receive_data(self, vm: VmView, arguments: dict[str, Any]) -> Steps[dict[str, Any]]:
+        call = "KVM_SEV_RECEIVE_UPDATE_DATA"
+        header, data = arguments["hdr"], arguments["trans"]
+        pfns, address = self._one_page(vm, arguments["guest_uaddr"], len(data), call)
+        steps = vm.host.hw.psp.receive_update_data.steps(vm.arch.handle, address, header, data)
+        yield from self._pinned_command(vm, pfns, "RECEIVE_UPDATE_DATA", steps, call)
         return {}
+
+    def _op_goes(self, vm: VmView, name: str) -> Steps[dict[str, Any]]:
+        steps = getattr(vm.host.hw.psp, name.lower()).steps(vm.arch.handle)
+        status = yield from self._command(vm.host, name, steps)
+        if status:
+            raise UapiError(errno.EIO, f"KVM_SEV_{name}", f"firmware: {status.name}")
+        vm.arch.finished = vm.arch.finished or name == "RECEIVE_FINISH"
+        return {}
+
+    def _op_send_finish(self, vm: VmView, arguments: dict[str, Any]) -> Steps[dict[str, Any]]:
+        return (yield from self._op_goes(vm, "SEND_FINISH"))
+
+    def _op_send_cancel(self, vm: VmView, arguments: dict[str, Any]) -> Steps[dict[str, Any]]:
+        return (yield from self._op_goes(vm, "SEND_CANCEL"))
+
+    def _op_receive_finish(self, vm: VmView, arguments: dict[str, Any]) -> Steps[dict[str, Any]]:
+        return (yield from self._op_goes(vm, "RECEIVE_FINISH"))
 
     def _op_finish(self, vm: VmView, arguments: dict[str, Any]) -> Steps[dict[str, Any]]:
         yield from self._finish(vm)
@@ -1189,6 +1272,13 @@ _COMMANDS: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...], _Operation]]]
     "KVM_SEV_LAUNCH_MEASURE": (_LEGACY, ("len",), AmdSev._op_measure),
     "KVM_SEV_LAUNCH_SECRET": (_LEGACY, ("guest_uaddr", "secret"), AmdSev._op_secret),
     "KVM_SEV_LAUNCH_FINISH": (_LEGACY, (), AmdSev._op_finish),
+    "KVM_SEV_SEND_START": (_LEGACY, (), AmdSev._op_send_start),
+    "KVM_SEV_SEND_UPDATE_DATA": (_LEGACY, ("guest_uaddr", "guest_len"), AmdSev._op_send_data),
+    "KVM_SEV_SEND_FINISH": (_LEGACY, (), AmdSev._op_send_finish),
+    "KVM_SEV_SEND_CANCEL": (_LEGACY, (), AmdSev._op_send_cancel),
+    "KVM_SEV_RECEIVE_START": (_LEGACY, ("policy", "session"), AmdSev._op_receive_start),
+    "KVM_SEV_RECEIVE_UPDATE_DATA": (_LEGACY, ("hdr", "guest_uaddr", "trans"), AmdSev._op_receive_data),
+    "KVM_SEV_RECEIVE_FINISH": (_LEGACY, (), AmdSev._op_receive_finish),
     "KVM_SEV_GUEST_STATUS": (_LEGACY, (), AmdSev._op_status),
     "KVM_SEV_SNP_LAUNCH_START": ((SNP_TYPE,), ("policy",), AmdSev._op_snp_start),
     "KVM_SEV_SNP_LAUNCH_FINISH": ((SNP_TYPE,), (), AmdSev._op_snp_finish),

@@ -540,3 +540,74 @@ def test_the_secure_processor_takes_one_command_at_a_time():
     hw = hardware()
     effects = [effect.kind for effect in hw.psp.snp_page_reclaim.steps(np.arange(5, 7))]
     assert effects == ["write", "release"]
+
+
+# ---- SEV: sending and receiving ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "policy", "state", "status"),
+    [
+        ("running", 0, "RUNNING", T.SUCCESS),
+        ("not launched yet", 0, "LUPDATE", T.INVALID_GUEST_STATE),
+        ("policy forbids it", 1 << 3, "RUNNING", T.POLICY_FAILURE),
+    ],
+)
+def test_send_start(name, policy, state, status):
+    hw = hardware()
+    assert hw.psp.send_start(sev_guest(hw, policy=policy, state=state))[0] == status
+    assert hw.psp.send_start(77)[0] == T.INVALID_GUEST
+
+
+def moving(hw):
+    """A guest with a page at frame 5 that is being sent, and the one at frame 9 that receives it."""
+    sender = sev_guest(hw, state="RUNNING")
+    hw.memory.write(run(5, 1), 0x1234, 200)
+    session = hw.psp.send_start(sender)[1]
+    status, receiver = hw.psp.receive_start(0, session)
+    assert status == T.SUCCESS and hw.psp.activate(receiver, 201) == T.SUCCESS
+    return sender, receiver
+
+
+def test_a_page_arrives_under_the_receivers_key():
+    hw = hardware()
+    sender, receiver = moving(hw)
+    status, header, data = hw.psp.send_update_data(sender, 5 << 12, 4096)
+    assert status == T.SUCCESS and b"\x34\x12" * 2 not in data
+    assert hw.psp.receive_update_data(receiver, 9 << 12, header, data) == T.SUCCESS
+    assert hw.memory.read(run(9, 1), 201).tolist() == [0x1234]
+    assert hw.psp.send_finish(sender) == hw.psp.receive_finish(receiver) == T.SUCCESS
+    assert hw.psp.guest_status(sender)[1] == SevGuestState.SENT
+    assert hw.psp.guest_status(receiver)[1] == SevGuestState.RUNNING
+    assert hw.psp.send_update_data(sender, 5 << 12, 4096)[0] == T.INVALID_GUEST_STATE
+
+
+def test_a_packet_that_was_changed_is_refused():
+    hw = hardware()
+    sender, receiver = moving(hw)
+    _, header, data = hw.psp.send_update_data(sender, 5 << 12, 32)
+    for changed in ((header[:-1] + b"?", data), (header, data[:-1] + bytes([data[-1] ^ 1])), (b"", data)):
+        assert hw.psp.receive_update_data(receiver, 9 << 12, *changed) == T.BAD_MEASUREMENT
+    assert hw.memory.key[9] == 0  # nothing was written
+
+
+@pytest.mark.parametrize(
+    ("name", "paddr", "length", "status"),
+    [
+        ("unaligned", 5 << 12 | 8, 16, T.INVALID_ADDRESS),
+        ("length 0", 5 << 12, 0, T.INVALID_LENGTH),
+        ("length not * 16", 5 << 12, 8, T.INVALID_LENGTH),
+        ("beyond memory", 1 << 50, 16, T.INVALID_ADDRESS),
+    ],
+)
+def test_send_update_data_operands(name, paddr, length, status):
+    hw = hardware()
+    sender, _ = moving(hw)
+    assert hw.psp.send_update_data(sender, paddr, length) == (status, b"", b"")
+
+
+def test_a_cancelled_sender_runs_on():
+    hw = hardware()
+    sender, _ = moving(hw)
+    assert hw.psp.send_cancel(sender) == T.SUCCESS and hw.psp.guest_status(sender)[1] == SevGuestState.RUNNING
+    assert hw.psp.receive_start(0, b"short") == (T.BAD_MEASUREMENT, 0)
