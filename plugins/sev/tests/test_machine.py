@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis.stateful import run_state_machine_as_test
 
 from cvmcore.errors import UapiError
 from cvmcore.guest import Machine
@@ -12,7 +10,7 @@ from cvmcore.host import Host
 from cvmcore.pages import run
 from cvmcore.plugins import load_backend
 from cvmcore.runner import load_profile_for
-from cvmcore.testing.machine import uapi_machine
+from cvmcore.testing.machine import run_machine
 from cvmcore.types import GuestException
 from cvmcore.vcpu import Accept
 
@@ -189,16 +187,11 @@ def test_a_secret_stays_pinned_on_demand_pinning_until_the_guest_is_gone():
     assert m.host.frames.pins_held == 0
 
 
-# ---- random calls, with memory pinned by its region -------------------------------------------------------------------
+# ---- random calls, with memory pinned by its region ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backing", ["4k", "2m"])
 @pytest.mark.parametrize("name", ["sev", "sev-es"])
 def test_the_state_machine_with_upfront_pinning(name, backing):
     """Regions come and go under a guest that runs: what is not pinned is noise once it was moved, the rest intact."""
-    made = uapi_machine(load_backend(name), backing=backing, options={"pinning": "upfront"})
-    quick = settings(
-        max_examples=6, stateful_step_count=25, deadline=None, derandomize=True, database=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    run_state_machine_as_test(made, settings=quick)
+    run_machine(name, backing=backing, options={"pinning": "upfront"}, examples=6, shrink=False)
