@@ -1,6 +1,7 @@
 # make demo   what cvmcore is for, on the shipped sample        make test    the tests
 # make lint   ruff                                              make types   mypy --strict
 # make bench  what the model itself costs, beside floors        make bench-check   that nothing got slower than recorded
+# make docs   pages of the API, from its docstrings, in build/docs
 # make bench-record    record the ratios that bench-check compares with
 # Everything runs in .venv, which `make setup` makes; only Python >= 3.11 with venv and pip is needed.
 
@@ -13,8 +14,10 @@ STAMP := $(VENV)/.installed
 
 MEASURED := swprot,sev,snp,tdx,pkvm
 RECORDED := tests/bench.json
+DOCUMENTED := $(addprefix cvmcore.,hookspecs backend types pages effects memory errors cost events observers plugins \
+	guest host uapi workloads runner study hwscript measured sched testing) cvmcore_sev.hw cvmcore_tdx.hw cvmcore_pkvm.hw
 
-.PHONY: setup demo test lint types bench bench-check bench-record clean
+.PHONY: setup demo test lint types bench bench-check bench-record docs clean
 
 setup: $(STAMP)
 
@@ -45,6 +48,9 @@ bench-check: setup
 
 bench-record: setup
 	$(BIN)/cvm bench --backends $(MEASURED) --quick --record $(RECORDED)
+
+docs: setup
+	$(BIN)/python -m pdoc --output-directory build/docs $(DOCUMENTED)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage* build dist

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import attrs
 
@@ -21,8 +21,11 @@ from cvmcore import explain, hookspecs, observers, timeline, tracer
 from cvmcore.backend import GROUP
 from cvmcore.errors import PluginError
 from cvmcore.hookspecs import API_VERSION, HOOKS, HookInfo
+from cvmcore.host import Host
 from cvmcore.ops import implementations
 from cvmcore.plugins import installed, load_all_backends
+from cvmcore.runner import load_profile_for
+from cvmcore.types import Capabilities
 
 KINDS = {
     "install": "may stop: `None` says that all of the batch is done, `Stopped(done, reason)` how far it came and why",
@@ -294,6 +297,40 @@ def _observers_text() -> Iterator[str]:
         yield ""
 
 
+def capability_rows() -> list[tuple[str, str, str, list[str]]]:
+    """(name, default, meaning, backends with another value) of each capability."""
+    tree = ast.parse(inspect.getsource(Capabilities))
+    body = cast(ast.ClassDef, tree.body[0]).body
+    said = {}
+    for this, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(this, ast.AnnAssign) and isinstance(this.target, ast.Name):
+            text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+            said[this.target.id] = " ".join(str(text).split())
+    plain = attrs.asdict(Capabilities())
+    declared = {}
+    for name, backend in load_all_backends()[0].items():
+        host = Host(backend, load_profile_for(backend, None), nr_frames=1 << 12)
+        declared[name] = attrs.asdict(host.capabilities(backend.vm_type, host.options))
+    return [
+        (name, str(value), said[name], [backend for backend, caps in declared.items() if caps[name] != value])
+        for name, value in plain.items()
+    ]
+
+
+def _capabilities_text() -> Iterator[str]:
+    yield from ("## Capabilities", "")
+    yield (
+        "What the hook `capabilities` answers (`cvmcore.types.Capabilities`). The core decides by these, the "
+        "invariants are switched on by them, and the conformance checks skip by nothing else. Levels: 1 is 4K, 2 is "
+        "2M, 3 is 1G."
+    )
+    yield ""
+    yield from ("| capability | default | meaning | otherwise with |", "|---|---|---|---|")
+    for name, value, meaning, backends in capability_rows():
+        yield _row(f"`{name}`", value, meaning, ", ".join(backends) or "-")
+    yield ""
+
+
 def _lines() -> Iterator[str]:
     documented, bad = hooks(), implementers()[1]
     yield "# Hooks"
@@ -339,6 +376,7 @@ def _lines() -> Iterator[str]:
             section = hook.section
             yield from (f"## {section[0].upper()}{section[1:]}", "")
         yield from _hook_text(hook)
+    yield from _capabilities_text()
     yield from _observers_text()
 
 

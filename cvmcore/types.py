@@ -318,16 +318,21 @@ class Capabilities:
     honours_notifiers: bool = True
     """hva notifiers zap; False where the host cannot take a guest's page back."""
     dirty_logging: bool = True
+    """A memslot may have KVM_MEM_LOG_DIRTY_PAGES."""
     memslots_fixed_after_run: bool = False
     """No delete or move of a memslot once a vCPU has run."""
     read_only_slots: bool = True
+    """A memslot may have KVM_MEM_READONLY."""
     gmem_init_shared: bool = False
     """guest_memfd may be created with INIT_SHARED (only VM types without private memory)."""
     gmem_backed: bool = True
     """guest_memfd slots are supported at all."""
     prefault: bool = True
+    """KVM_PRE_FAULT_MEMORY is supported."""
     max_private_level: int = PG_LEVEL_1G
+    """Largest private mapping."""
     max_shared_level: int = PG_LEVEL_1G
+    """Largest shared mapping."""
     max_gmem_level: int = PG_LEVEL_2M
     """Largest folio of a guest_memfd where the host backs with large pages."""
     fresh_is_zero: bool = True
