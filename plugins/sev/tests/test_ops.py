@@ -235,14 +235,18 @@ def test_no_metadata_without_demand_pinning(rig):
     ("name", "hva", "size", "number"),
     [
         ("size 0", 0x7F0000000000, 0, errno.EINVAL),
+        ("negative size", 0x7F0000000000, -4096, errno.EINVAL),
         ("wraps", (1 << 64) - 4096, 8192, errno.EINVAL),
+        ("> ULONG_MAX", 1 << 64, 4096, errno.EINVAL),
         ("limit", 0x7F0000000000, 101 << 12, errno.ENOMEM),
+        ("limit before INT_MAX", 0, 1 << 43, errno.ENOMEM),
+        ("npages > INT_MAX", 0, 1 << 43, errno.EINVAL),
     ],
 )
 def test_register_region_refuses(rig, pinning, name, hva, size, number):
     vm = rig.vm("sev", pinning=pinning)
     rig.slot(vm, 200)
-    vm.memlock_limit = 100
+    vm.memlock_limit = 1 << 50 if name == "npages > INT_MAX" else 100
     fails(number, rig.call, "register_region", vm=vm, hva=hva, size_bytes=size)
     assert vm.memlock == 0 and not rig.host.frames.pins.any()
 
