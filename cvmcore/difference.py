@@ -13,8 +13,9 @@ from typing import Any
 import attrs
 
 from cvmcore.errors import InputError
+from cvmcore.modelfront import ModelFront
 from cvmcore.script import located, read
-from cvmcore.uapiscript import Answer, Script
+from cvmcore.uapiscript import Answer, Script, number
 
 NOT_COMPARED = ("why", "stats")
 
@@ -28,6 +29,10 @@ class Step:
     arguments: dict[str, Any]
     model: Answer
     kernel: Answer
+    front: ModelFront | None = None
+    """The model behind the call, for a look at what explains a difference."""
+    fd: int = -1
+    """The model's descriptor that the call was made on."""
 
     @property
     def differs(self) -> list[str]:
@@ -40,7 +45,8 @@ class Step:
     @property
     def quirk(self) -> Quirk | None:
         """The known quirk of a kernel that explains all that differs."""
-        return next((quirk for quirk in QUIRKS if self.differs == quirk.differs and quirk.matches(self)), None)
+        found = set(self.differs)
+        return next((quirk for quirk in QUIRKS if found and found <= quirk.fields and quirk.matches(self)), None)
 
     @property
     def call(self) -> str:
@@ -50,16 +56,84 @@ class Step:
 
 @attrs.frozen
 class Quirk:
-    """A difference that is known, and why it is none of the model's. `matches` and `differs` are narrow, so that
-    nothing else hides behind it."""
+    """A difference that is known, and why. `fields` and `matches` are narrow: nothing else hides behind it.
+
+    ends: the two sides are in different states by then, and the comparison ends.
+    """
 
     name: str
     reason: str
-    differs: list[str]
+    fields: frozenset[str]
     matches: Callable[[Step], bool]
+    ends: bool = False
 
 
-QUIRKS: tuple[Quirk, ...] = ()
+def _reads_what_is_behind(step: Step) -> bool:
+    """Each page that differs has other memory behind it, was accessed by this call, and shows that memory's stamp; the
+    files lack such pages, and differ in nothing else."""
+    if step.op not in ("guest_read", "guest_write") or step.front is None:
+        return False
+    gfns = step.arguments.get("gfns")
+    if gfns is None:
+        first = number(step.arguments.get("gpa", 0), "gpa") >> 12
+        gfns = range(first, first + step.arguments.get("pages", 1))
+    behind, done = step.front.behind(step.fd), gfns[: step.model["done"]]
+    if step.op == "guest_read":
+        for gfn, ours, theirs in zip(done, _unrolled(step.model), _unrolled(step.kernel), strict=True):
+            if ours != theirs and behind.get(gfn) != theirs:
+                return False
+    lacking = 0
+    for name, ours in step.model["state"].items():
+        theirs = step.kernel["state"].get(name)
+        if theirs is None or "pages" not in ours or "pages" not in theirs:
+            return False
+        if not _indexes(theirs["pages"]) <= _indexes(ours["pages"]):
+            return False
+        lacking += ours["allocated"] - theirs["allocated"]
+        kept = _indexes(theirs["pages"])
+        if {i: s for i, s in _stamps(ours).items() if i in kept} != _stamps(theirs):
+            return False
+    return lacking <= sum(gfn in behind for gfn in done)
+
+
+def _logs_what_was_only_read(step: Step) -> bool:
+    """The model logs more pages, and those hold zeros in anonymous memory."""
+    if step.op != "get_dirty_log" or step.front is None:
+        return False
+    ours, theirs = set(step.model["dirty"]), set(step.kernel["dirty"])
+    return theirs < ours and ours - theirs <= step.front.unwritten(step.fd, step.arguments["slot"])
+
+
+def _unrolled(answer: Answer) -> list[int]:
+    return [stamp for stamp, n in answer["seen"] for _ in range(n)]
+
+
+def _indexes(runs: list[list[int]]) -> set[int]:
+    return {index for first, n in runs for index in range(first, first + n)}
+
+
+def _stamps(state: dict[str, Any]) -> dict[int, int]:
+    return {index: stamp for first, n, stamp in state.get("content", ()) for index in range(first, first + n)}
+
+
+QUIRKS: tuple[Quirk, ...] = (
+    Quirk(
+        "prefetch-behind-guest-memfd",
+        "with shadow paging 6.18 maps pages next to the one that faults from userspace_addr, though guest_memfd serves "
+        "the slot: where other memory stands there, the guest gets that (give the slot a mapping of its own file)",
+        frozenset({"seen", "state"}),
+        _reads_what_is_behind,
+        ends=True,
+    ),
+    Quirk(
+        "no-zero-page",
+        "the model gives memory that is only read a page of its own, mapped writable and so logged as dirty; the "
+        "kernel maps the zero page read-only, and logs the page when it is written",
+        frozenset({"dirty"}),
+        _logs_what_was_only_read,
+    ),
+)
+"""Known differences: defects of kernels, and what the model leaves out."""
 
 
 def _weight(field: str) -> tuple[int, str]:
@@ -80,7 +154,8 @@ def beside(model: Script, kernel: Script, lines: Iterable[str], source: str) -> 
     for line, op, arguments in read(lines, source):
         with located(source, line):
             arguments.pop("answer", None)
-            yield Step(line, op, arguments, answered(model, op, arguments), answered(kernel, op, arguments))
+            ours, theirs = answered(model, op, arguments), answered(kernel, op, arguments)
+            yield Step(line, op, arguments, ours, theirs, *_made_on(model, op, arguments))
 
 
 def against(model: Script, lines: Iterable[str], source: str) -> Iterator[Step]:
@@ -90,7 +165,15 @@ def against(model: Script, lines: Iterable[str], source: str) -> Iterator[Step]:
             kernel = arguments.pop("answer", None)
             if not isinstance(kernel, dict):
                 raise InputError('a recorded script has an "answer" in each line: `--live --record` writes one')
-            yield Step(line, op, arguments, answered(model, op, arguments), kernel)
+            ours = answered(model, op, arguments)
+            yield Step(line, op, arguments, ours, kernel, *_made_on(model, op, arguments))
+
+
+def _made_on(model: Script, op: str, arguments: dict[str, Any]) -> tuple[ModelFront | None, int]:
+    """The model's front, and the descriptor of the vCPU or the VM that a call was made on."""
+    fd = arguments.get("vcpu", "vcpu") if op.startswith("guest_") else arguments.get("vm", "vm")
+    front = model.front if isinstance(model.front, ModelFront) else None
+    return front, model.fds.get(fd, -1) if isinstance(fd, str) else fd
 
 
 def answered(script: Script, op: str, arguments: dict[str, Any]) -> Answer:

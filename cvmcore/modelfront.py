@@ -103,6 +103,42 @@ class ModelFront:
         self.open.clear()
         self.holders.clear()
 
+    def behind(self, vcpu: int) -> dict[int, int]:
+        """By gfn, the stamps of memory that stands behind the hva of a guest_memfd slot without being its file, where
+        the host maps it: what the vCPU's guest has no business to see."""
+        what = self.open.get(vcpu)
+        found: dict[int, int] = {}
+        for slot in what.vcpu.vm.slots if isinstance(what, VcpuFd) else ():
+            if not slot.gmem_only or slot.gmem is None:
+                continue
+            for mapping, pages in self.process.mm.ranges(slot.hva_page, slot.npages):
+                index = array_of(pages) - mapping.start
+                words = mapping.words
+                if mapping.gmem is not None:
+                    if mapping.gmem.inode is slot.gmem.inode and (
+                        mapping.pgoff - mapping.start == slot.gmem_pgoff - slot.hva_page
+                    ):
+                        continue
+                    index = index + mapping.pgoff
+                    words = mapping.gmem.inode.words
+                index = index[index < len(words)]
+                held = index[words[index] != 0]
+                gfns = held - index[0] + array_of(pages)[0] - slot.hva_page + slot.base_gfn if len(index) else held
+                found |= zip(gfns.tolist(), self.host.memory.stamp[words[held] >> 5].tolist(), strict=True)
+        return found
+
+    def unwritten(self, vm: int, slot: int) -> set[int]:
+        """Pages of a VM's memslot that stand in anonymous memory and hold zeros."""
+        what = self.open.get(vm)
+        found = what.vm.slots.by_id.get(slot) if isinstance(what, VmFd) else None
+        pages: set[int] = set()
+        for mapping, hva_pages in self.process.mm.ranges(found.hva_page, found.npages) if found is not None else ():
+            if mapping.gmem is None:
+                at = array_of(hva_pages)
+                stamps = self.host.memory.stamp[mapping.words[at - mapping.start] >> 5]
+                pages |= set((at[stamps == ZERO] - found.hva_page).tolist()) if found is not None else set()
+        return pages
+
     # ---- descriptors ------------------------------------------------------------------------------------------
 
     def _install(self, what: VmFd | VcpuFd) -> Answer:

@@ -18,6 +18,7 @@ from cvmcore.live import guest, layouts
 from cvmcore.live.front import LiveError, LiveFront, Server
 from cvmcore.live.probe import Probe, probe
 from cvmcore.modelfront import model_front
+from cvmcore.plugins import load_backend
 from cvmcore.testing.fuzz import diff_fuzz
 from cvmcore.uapiscript import Script
 
@@ -155,7 +156,56 @@ def test_without_kvm_one_sentence(
 
 
 def test_quirks_say_why() -> None:
-    assert all(quirk.reason and quirk.differs for quirk in QUIRKS)
+    assert all(quirk.reason and quirk.fields for quirk in QUIRKS)
+
+
+def with_other_memory_behind(seen: list[list[int]], pages: list[list[int]], **more: Any) -> Step:
+    """A guest reads a guest_memfd slot behind whose hva stands other memory: what a kernel answered."""
+    model = Script(model_front("default"))
+    answer = {"status": "OK", "done": 16, "seen": seen}
+    state = {"f": {"allocated": sum(n for _, n in pages), "pages": pages, "content": []}}
+    lines = [
+        *SHARED_SLOT[:2],
+        {"op": "mmap", "size": "64K", "name": "a"},
+        {"op": "host_write", "addr": "a", "pages": 12, "stamp": 77},
+        {**SHARED_SLOT[3], "hva": "a"},
+        {"op": "create_vcpu"},
+    ]
+    for line in lines:
+        arguments = {key: value for key, value in line.items() if key != "op"}
+        assert model.do(line["op"], arguments)["status"] == "OK"
+    line = json.dumps({"op": "guest_read", "pages": 16, "answer": {**answer, "state": state, **more}})
+    return next(against(model, [line], "here"))
+
+
+def test_prefetch_of_other_memory_is_known_and_hides_nothing_else() -> None:
+    """Only pages with other memory behind them, only with that memory's stamp, and nothing else in the files."""
+    known = with_other_memory_behind([[0, 1], [77, 7], [0, 1], [77, 3], [0, 4]], [[0, 1], [8, 1], [12, 4]])
+    assert (known.differs, known.quirk) == (["seen", "state"], QUIRKS[0])
+
+    all_there = [[0, 16]]
+    assert with_other_memory_behind([[0, 16]], all_there).differs == []
+    assert with_other_memory_behind([[0, 1], [78, 7], [0, 8]], all_there).quirk is None  # no such stamp there
+    assert with_other_memory_behind([[0, 12], [77, 1], [0, 3]], all_there).quirk is None  # nothing behind that page
+    assert with_other_memory_behind([[0, 16]], [[0, 1]]).quirk is None  # more pages lacking than can be
+    assert with_other_memory_behind([[0, 1], [77, 15]], [[0, 1]], status="EFAULT").quirk is None
+    assert with_other_memory_behind([[0, 16]], [[0, 17]]).quirk is None  # a page too many
+
+
+def test_vm_types_that_this_machine_has_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    script = tmp_path / "script.jsonl"
+    script.write_text('{"op": "create_vm"}\n')
+    types = {name: load_backend(name).kvm_type for name in ("default", "swprot", "sev", "sev-es", "snp", "tdx", "pkvm")}
+    assert list(types.values()) == [0, 1, 2, 3, 4, 5, None]
+
+    assert main(["uapi", str(script), "--live", "--backend", "pkvm"]) == 2
+    assert "says no number for KVM_CREATE_VM" in capsys.readouterr().err
+    only_0 = Probe(values={"VM_TYPES": 1})
+    monkeypatch.setattr("cvmcore.live.front.probe", lambda: only_0)
+    assert main(["uapi", str(script), "--live", "--backend", "snp"]) == 2
+    assert capsys.readouterr().err == "cvm: this machine's KVM has no VM type 4, which snp is; it has 0\n"
 
 
 def test_guest_image() -> None:
@@ -219,6 +269,43 @@ def test_fuzz_finds_and_shortens_a_difference(server: Server) -> None:
     assert outcome.script[-1]["op"] == "fallocate"
     assert len(outcome.script) <= 8
     assert "differ" in outcome.why
+
+
+def test_pages_that_were_only_read_are_a_known_difference() -> None:
+    """Only where they hold zeros in anonymous memory, and only where the kernel logs fewer."""
+
+    def log(dirty: list[int]) -> Step:
+        model = Script(model_front("default"))
+        for line in (
+            {"op": "create_vm"}, {"op": "create_vcpu"}, {"op": "mmap", "size": "64K", "name": "a"},
+            {"op": "set_user_memory_region2", "slot": 3, "gpa": "64K", "size": "64K", "hva": "a", "flags": 1},
+            {"op": "guest_read", "gpa": "64K", "pages": 3}, {"op": "guest_write", "gpa": "72K", "stamp": 5},
+        ):  # fmt: skip
+            arguments = {key: value for key, value in line.items() if key != "op"}
+            assert model.do(str(line["op"]), arguments)["status"] == "OK"
+        answer = {"status": "OK", "dirty": dirty, "state": {}}
+        return next(against(model, [json.dumps({"op": "get_dirty_log", "slot": 3, "answer": answer})], "here"))
+
+    assert (log([2]).differs, log([2]).quirk) == (["dirty"], QUIRKS[1])
+    assert log([1, 2]).quirk is QUIRKS[1]
+    assert log([0, 1, 2]).differs == []
+    assert log([0, 1]).quirk is None  # a page that was written is not logged
+    assert log([2, 9]).quirk is None  # the kernel logs one that nobody touched
+
+
+@needs_kvm
+def test_quirk_ends_the_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On kernels that have it; on others there is no difference."""
+    script = tmp_path / "script.jsonl"
+    lines = [
+        *SHARED_SLOT[:2], {"op": "mmap", "size": "64K", "name": "a"},
+        {"op": "host_write", "addr": "a", "pages": 16, "stamp": 77}, {**SHARED_SLOT[3], "hva": "a"},
+        {"op": "create_vcpu"}, {"op": "guest_read", "pages": 16}, {"op": "guest_read", "pages": 16},
+    ]  # fmt: skip
+    script.write_text("\n".join(text(lines)))
+
+    assert main(["uapi", str(script), "--diff"]) == 0
+    assert "no other difference" in capsys.readouterr().out
 
 
 @needs_kvm

@@ -275,6 +275,9 @@ def _compare(steps: Iterable[Step], out: TextIO | None) -> int:
         if step.quirk is not None:
             quirks += 1
             say_json(f"line {step.line}: known quirk {step.quirk.name}: {step.quirk.reason}")
+            if step.quirk.ends:
+                say_json("what follows cannot be compared: the two are in different states")
+                break
     say_json(f"{calls} calls, {quirks} known quirks, no other difference")
     return 0
 

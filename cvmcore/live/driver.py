@@ -78,9 +78,12 @@ def mapped(size: int, fd: int = -1, offset: int = 0, flags: int = MAP_SHARED, at
 
 
 class Vm:
-    """A VM and the memslot of its guest."""
+    """A VM and the memslot of its guest. kind: its type; from ENCRYPTED on nobody sets its registers from outside."""
 
-    def __init__(self) -> None:
+    ENCRYPTED = 2
+
+    def __init__(self, kind: int) -> None:
+        self.kind = kind
         self.harness = 0
 
 
@@ -151,7 +154,7 @@ class Driver:
     # ---- VMs --------------------------------------------------------------------------------------------------
 
     def do_create_vm(self, type: int) -> Answer:
-        return self._opened(fcntl.ioctl(self.kvm, layouts.KVM_CREATE_VM, type), Vm())
+        return self._opened(fcntl.ioctl(self.kvm, layouts.KVM_CREATE_VM, type), Vm(type))
 
     def do_check_extension(self, vm: int, cap: int) -> Answer:
         return {"value": self._ioctl(vm, layouts.KVM_CHECK_EXTENSION, cap)}
@@ -161,6 +164,8 @@ class Driver:
         owner = self.open[vm]
         assert isinstance(owner, Vm)
         run = mapped(self.run_bytes, fd)
+        if owner.kind >= Vm.ENCRYPTED:
+            return self._opened(fd, Vcpu(fd, run, owner))
         fcntl.ioctl(fd, layouts.KVM_SET_CPUID2, self.cpuid)
         sregs = bytearray(layouts.SREGS_BYTES)
         fcntl.ioctl(fd, layouts.KVM_GET_SREGS, sregs)
@@ -256,6 +261,8 @@ class Driver:
         if not isinstance(vcpu, Vcpu):
             self._ioctl(fd, layouts.KVM_RUN)
             raise OSError(errno.ENOTTY, "")
+        if vcpu.vm.kind >= Vm.ENCRYPTED:
+            raise Refused(f"the guest of a VM of type {vcpu.vm.kind} would have to be launched first")
         at = vcpu.vm.harness + guest.LIST_PAGE * PAGE
         words = struct.pack(f"<{len(gfns)}I", *gfns)
         ctypes.memmove(at, words, len(words))

@@ -69,6 +69,8 @@ def diff_fuzz(
                     if step.quirk is None:
                         return step
                     outcome.quirks[step.quirk.name] += 1
+                    if step.quirk.ends:
+                        return None
             return None
         finally:
             record(recorded("exit", {}, {"status": "OK", "state": {}}))

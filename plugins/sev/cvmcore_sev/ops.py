@@ -1300,13 +1300,17 @@ _PSC: Final = Option(
 
 
 def _backend(name: str, summary: str, options: tuple[Option, ...]) -> Backend:
-    return Backend(name, "amd-sev", name, summary, API_VERSION, AmdSev, PROFILES[name], CHARGES, options)
+    profile, kvm_type = PROFILES[name], KVM_TYPES[name]
+    return Backend(name, "amd-sev", name, summary, API_VERSION, AmdSev, profile, CHARGES, options, kvm_type)
 
 
 def watch_launch(vm: VmView, tell: Callable[[str, int | None, bytes], None]) -> None:
     """Have the secure processor tell (type, gpa or None, digest so far) of all that it measures."""
     vm.host.hw.psp.watch = tell
 
+
+KVM_TYPES = {SEV_TYPE: 2, SEV_ES_TYPE: 3, SNP_TYPE: 4}
+"""KVM_X86_SEV_VM, KVM_X86_SEV_ES_VM, KVM_X86_SNP_VM."""
 
 SEV = _backend(SEV_TYPE, "AMD SEV: memory encrypted where it lies, every guest page pinned", (_PINNING, *_ASIDS))
 SEV_ES = _backend(SEV_ES_TYPE, "AMD SEV-ES: SEV with encrypted registers", (_PINNING, *_ASIDS))

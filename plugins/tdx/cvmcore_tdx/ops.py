@@ -796,6 +796,7 @@ TDX = Backend(
     make=Tdx,
     profile=PROFILE,
     charges=CHARGES,
+    kvm_type=5,
     options=(
         Option("page_aug", "4k", "largest private page that is mapped", ("4k", "2m")),
         Option("promote", "2m", "largest page that small ones are merged into, with page_aug=2m", ("2m", "1g")),
