@@ -254,11 +254,12 @@ def gmem_prepare(vm: VmView, slot: SlotView, gfns: Sel, pfns: Sel, max_order: in
 
 
 @_hook("install", "-", "RFC 2022: kvm_x86_ops.pin_pfn")
-def pin_pfn(vm: VmView, batch: Batch, write: bool) -> InstallResult:
+def pin_pfn(vm: VmView, vcpu: VcpuView, batch: Batch, write: bool) -> InstallResult:
     """After the level is chosen, before mmu_lock and the stale check: hold the frames for as long as the guest does.
 
-    Idempotent. A frame that replaces another at a gfn: flush and unpin the old one first. Because a stale fault pins
-    too, pins are a superset of mappings. Only called where `needs_pin`, not for reserved or error frames.
+    `vcpu` has faulted. Idempotent. A frame that replaces another at a gfn: flush and unpin the old one first. Because a
+    stale fault pins too, pins are a superset of mappings. Only called where `needs_pin`, not for reserved or error
+    frames.
 
     On error: Stopped; pages below `done` go on and are mapped. The page at `done` ends with the errno of Fatal; for
     Retry the vCPU enters the guest and faults again.
@@ -293,9 +294,10 @@ def link_private_spt(vm: VmView, gfns: Sel, level: int, tables: Sel) -> InstallR
 
 
 @_hook("install", "mmu_lock:r, entry frozen", "kvm_x86_ops.set_external_spte; RFC: set_private_spte")
-def set_private_spte(vm: VmView, batch: Batch) -> InstallResult:
+def set_private_spte(vm: VmView, vcpu: VcpuView | None, batch: Batch) -> InstallResult:
     """Non-present entries of an external root (mirror or mediated) become leaves. Never called on a present entry.
 
+    `vcpu` has faulted; None while the image is built.
     For a mediated root mmu_lock is held for write: its record has no entries that could be frozen by themselves.
 
     On error: Stopped; leaves below `done` stand, the core restores the entries from `done` on, and the fault is
@@ -375,8 +377,8 @@ def wrprotect_private_spte(vm: VmView, batch: Batch) -> None:
 
 
 @_hook("install", "mmu_lock:w", "arm64: pkvm_pgtable_stage2_relax_perms")
-def relax_private_spte(vm: VmView, batch: Batch) -> InstallResult:
-    """Leaves of a mediated root get write access back: the write has faulted, and is logged.
+def relax_private_spte(vm: VmView, vcpu: VcpuView, batch: Batch) -> InstallResult:
+    """Leaves of a mediated root get write access back: the write of `vcpu` has faulted, and is logged.
 
     On error: Stopped; leaves from `done` on stay read-only, and the fault is retried.
     """

@@ -376,7 +376,7 @@ class _Stretch:
         vm = self.vm
         if vm.caps.needs_pin and vm.host.ops.has("pin_pfn"):
             stopped = yield from vm.host.ops.call(
-                "pin_pfn", count(self.heads), vm=vm, batch=self._batch(), write=self.access.write
+                "pin_pfn", count(self.heads), vm=vm, batch=self._batch(), write=self.access.write, vcpu=self.access.vcpu
             )
             if stopped is not None:
                 fatal = isinstance(stopped.reason, Fatal)
@@ -513,10 +513,10 @@ def _map(
     words = take(root.entries[batch.level], batch.blocks)
     bits = 0 if slot.read_only else WRITABLE | (DIRTY if write else 0)
     if all_zero(words):
-        stop = yield from vm.tdp.map_leaves(root, batch, bits)
+        stop = yield from vm.tdp.map_leaves(root, batch, bits, access.vcpu)
         mapped = n if stop is None else stop.done
     else:
-        stop, mapped, ret = yield from _map_mixed(vm, root, slot, batch, words.copy(), bits, write, ret)
+        stop, mapped, ret = yield from _map_mixed(access, root, slot, batch, words.copy(), bits, ret)
     if slot.dirty is not None and not slot.read_only and mapped:
         # A read finds a protected page as it is: protected.
         now = batch.part(0, mapped)
@@ -529,10 +529,10 @@ def _map(
 
 
 def _map_mixed(
-    vm: Vm, root: Root, slot: Memslot, batch: Batch, words: npt.NDArray[np.uint32], bits: int, write: bool, ret: RetPf
+    access: Access, root: Root, slot: Memslot, batch: Batch, words: npt.NDArray[np.uint32], bits: int, ret: RetPf
 ) -> Steps[tuple[Stop | None, int, RetPf]]:
     """Some entries are not absent: frozen (retry there), spurious, write-protected, or a table where a leaf is due."""
-    n = len(batch)
+    vm, write, n = access.vm, access.write, len(batch)
     frozen = words == FROZEN
     if np.count_nonzero(frozen):
         n = int(np.argmax(frozen))
@@ -571,7 +571,7 @@ def _map_mixed(
             protected = present & ((words & np.uint32(WRITABLE)) == 0)
             if bits & WRITABLE and np.count_nonzero(protected):
                 index = where(batch.blocks, protected)
-                stop = yield from vm.tdp.make_writable(root, slot, batch.level, index)
+                stop = yield from vm.tdp.make_writable(root, slot, batch.level, index, access.vcpu)
                 present &= ~protected
                 if stop is not None:
                     n = int(np.flatnonzero(protected)[stop.done])
@@ -584,7 +584,7 @@ def _map_mixed(
         positions = np.flatnonzero(absent)
         sub = Batch(batch.slot, batch.level, where(batch.gfns, absent), contiguous(
             array_of(batch.pfns)[positions], pages_per_level(batch.level)))
-        stop = yield from vm.tdp.map_leaves(root, sub, bits)
+        stop = yield from vm.tdp.map_leaves(root, sub, bits, access.vcpu)
         if stop is not None:
             return stop, int(positions[stop.done]), RetPf.RETRY
     return None, n, ret

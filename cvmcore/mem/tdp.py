@@ -61,6 +61,7 @@ from cvmcore.types import (
 
 if TYPE_CHECKING:
     from cvmcore.mem.slots import Memslot
+    from cvmcore.vcpu import Vcpu
     from cvmcore.vm import Vm
 
 PRESENT, TABLE, WRITABLE, DIRTY, FROZEN = 1, 2, 4, 8, 16
@@ -489,10 +490,12 @@ class Tdp:
             frames.free(part(tables, done, n))
         return stop
 
-    def map_leaves(self, root: Root, batch: Batch, bits: int) -> Steps[Stop | None]:
-        """Absent entries become leaves. The caller has linked the tables and looked at the entries under mmu_lock."""
+    def map_leaves(self, root: Root, batch: Batch, bits: int, vcpu: Vcpu | None = None) -> Steps[Stop | None]:
+        """Absent entries become leaves, for a fault of `vcpu` if there is one. The caller has linked the tables and
+        looked at the entries under mmu_lock."""
         new = words_of(batch.pfns, bits | PRESENT)
-        stop = yield from self.set_entry(root, batch.level, batch.blocks, new, "set_private_spte", {"batch": batch})
+        arguments: Arguments = {"batch": batch, "vcpu": vcpu}
+        stop = yield from self.set_entry(root, batch.level, batch.blocks, new, "set_private_spte", arguments)
         root.leaves[batch.level] += len(batch) if stop is None else stop.done
         return stop
 
@@ -719,14 +722,16 @@ class Tdp:
         self.vm.host.meter.charge("spte_wrprot", protected)
         return protected
 
-    def make_writable(self, root: Root, slot: Memslot, level: int, index: Sel) -> Steps[Stop | None]:
+    def make_writable(self, root: Root, slot: Memslot, level: int, index: Sel, vcpu: Vcpu) -> Steps[Stop | None]:
         """Give present leaves write access (the fast page fault); those of an external root through the hook."""
         words = take(root.entries[level], index) | np.uint32(WRITABLE | DIRTY)
         stop: Stop | None = None
         if root.external:
             pfns = contiguous(words >> _FRAME, pages_per_level(level))
             batch = Batch(slot, level, heads(index, order_of(level)), pfns)
-            stopped = yield from self.vm.host.ops.call("relax_private_spte", len(batch), vm=self.vm, batch=batch)
+            stopped = yield from self.vm.host.ops.call(
+                "relax_private_spte", len(batch), vm=self.vm, batch=batch, vcpu=vcpu
+            )
             if stopped is not None:
                 stop = Stop(stopped.done, stopped.reason)
                 index, words = part(index, 0, stop.done), words[: stop.done]

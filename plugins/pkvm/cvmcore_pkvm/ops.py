@@ -89,8 +89,6 @@ class PkvmVm:
     vcpus: list[PkvmVcpu] = attrs.field(factory=list)
     created: bool = False
     pins: npt.NDArray[np.uint8] = attrs.field(factory=lambda: zeros(0, np.uint8))
-    faulting: PkvmVcpu | None = None
-    """The vCPU whose caches were topped up last: its hypercalls map."""
     stale_tlbs: bool = False
     """Whether leaves were write-protected and no flush came after that."""
 
@@ -327,7 +325,6 @@ class Pkvm:
     @hookimpl
     def topup(self, vm: VmView, vcpu: VcpuView) -> InstallResult:
         """topup_hyp_memcache: what one mapping can need; for a batch, mapping brings the rest."""
-        vm.arch.faulting = vcpu.arch
         if self._fill(vm.host, vcpu.arch, max(0, hw.MEMCACHE_MIN_PAGES - len(vcpu.arch.memcache))):
             return None
         return Stopped(0, Fatal(errno.ENOMEM, "no page for EL2's tables"))
@@ -340,7 +337,7 @@ class Pkvm:
         return kvm.pins
 
     @hookimpl
-    def pin_pfn(self, vm: VmView, batch: Batch) -> Steps[InstallResult]:
+    def pin_pfn(self, vm: VmView, vcpu: VcpuView, batch: Batch) -> Steps[InstallResult]:
         """pkvm_mem_abort: charge a page to RLIMIT_MEMLOCK, pin it for the long term.
 
         A fault on a gfn that is mapped already is a race with another vCPU, unless EL2 says that it is poison: then
@@ -350,7 +347,7 @@ class Pkvm:
         held = take(pins, batch.gfns)
         stopped: InstallResult = None
         if np.count_nonzero(held):
-            stopped = yield from self._ask_for_poison(vm, batch, held)
+            stopped = yield from self._ask_for_poison(vm, vcpu.arch, batch, held)
             if stopped is not None:
                 batch, held = batch.part(0, stopped.done), held[: stopped.done]
             under_way = (held != 0) & (held != MAPPED)
@@ -371,11 +368,12 @@ class Pkvm:
         pins[gfns] = 1
         return stopped
 
-    def _ask_for_poison(self, vm: VmView, batch: Batch, held: npt.NDArray[np.uint8]) -> Steps[InstallResult]:
-        """Ask EL2 of each mapped page whether its vCPU came out with a poison fault there."""
+    def _ask_for_poison(
+        self, vm: VmView, vcpu: PkvmVcpu, batch: Batch, held: npt.NDArray[np.uint8]
+    ) -> Steps[InstallResult]:
+        """Ask EL2 of each mapped page whether the vCPU came out with a poison fault there."""
         at = np.flatnonzero(held == MAPPED)
-        vcpu = vm.arch.faulting
-        if not len(at) or vcpu is None:
+        if not len(at):
             return None
         asked = vm.host.hw.vcpu_in_poison_fault.steps(vcpu.cpu, where(batch.gfns, held == MAPPED))
         result = yield from self._el2(vm.host, asked)
@@ -398,28 +396,28 @@ class Pkvm:
         vm.charge_memlock(-n, "unpin_user_pages")
 
     @hookimpl
-    def set_private_spte(self, vm: VmView, batch: Batch) -> Steps[InstallResult]:
-        """pkvm_pgtable_stage2_map: one hypercall a page, or a block."""
+    def set_private_spte(self, vm: VmView, vcpu: VcpuView | None, batch: Batch) -> Steps[InstallResult]:
+        """pkvm_pgtable_stage2_map: one hypercall a page, or a block, on the vCPU that faulted."""
         kvm: PkvmVm = vm.arch
-        vcpu = kvm.faulting
-        if vcpu is None or not vcpu.created:
+        if vcpu is None or not vcpu.arch.created:
             return Stopped(0, Retry())
+        loaded: PkvmVcpu = vcpu.arch
         done, n = 0, len(batch)
         while True:
             rest = batch.part(done, n) if done else batch
-            result = yield from self._map(vm, vcpu, rest)
+            result = yield from self._map(vm, loaded, rest)
             done += result.done
             if kvm.protected and result.done:
                 kvm.pins[part(rest.gfns, 0, result.done)] = MAPPED
             if result.ok:
                 # As after one fault after the other, each with a full list before it.
-                self._fill(vm.host, vcpu, max(0, hw.MEMCACHE_MIN_PAGES - result.answer - len(vcpu.memcache)))
+                self._fill(vm.host, loaded, max(0, hw.MEMCACHE_MIN_PAGES - result.answer - len(loaded.memcache)))
                 return None
             if not result.need:
                 vm.bug(f"EL2 does not map gfn {first(rest.part(result.done, len(rest)).gfns):#x}: {result.status.name}")
                 return Stopped(done, Fatal(-result.status, "EL2 refused"))
-            before = len(vcpu.memcache)
-            if not self._fill(vm.host, vcpu, result.need) and len(vcpu.memcache) == before:
+            before = len(loaded.memcache)
+            if not self._fill(vm.host, loaded, result.need) and len(loaded.memcache) == before:
                 return Stopped(done, Retry())  # the next fault will not get its pages either, and ends with ENOMEM
 
     def _map(self, vm: VmView, vcpu: PkvmVcpu, batch: Batch) -> Steps[Result]:
@@ -467,11 +465,9 @@ class Pkvm:
         vm.arch.stale_tlbs = True
 
     @hookimpl
-    def relax_private_spte(self, vm: VmView, batch: Batch) -> Steps[InstallResult]:
+    def relax_private_spte(self, vm: VmView, vcpu: VcpuView, batch: Batch) -> Steps[InstallResult]:
         """pkvm_pgtable_stage2_relax_perms, on the vCPU that faulted."""
-        vcpu = vm.arch.faulting
-        assert vcpu is not None
-        steps = vm.host.hw.relax_perms.steps(vcpu.cpu, batch.gfns, Prot.RWX)
+        steps = vm.host.hw.relax_perms.steps(vcpu.arch.cpu, batch.gfns, Prot.RWX)
         result = yield from self._hcall(vm.host, "__pkvm_host_relax_perms_guest", steps, len(batch))
         return None if result.ok else Stopped(result.done, Retry())
 

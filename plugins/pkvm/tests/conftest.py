@@ -249,11 +249,11 @@ class Core:
         batch = self.batch(gfns, pfns, level)
         reason = None
         if self.ops.capabilities(self.vm.options).needs_pin:
-            stopped = self.do(self.ops.pin_pfn(vcpu.vm, batch))
+            stopped = self.do(self.ops.pin_pfn(vcpu.vm, vcpu, batch))
             if stopped is not None:
                 batch, reason = batch.part(0, stopped.done), stopped.reason
         done = len(batch)
-        stopped = self.do(self.ops.set_private_spte(vcpu.vm, batch)) if done else None
+        stopped = self.do(self.ops.set_private_spte(vcpu.vm, vcpu, batch)) if done else None
         if stopped is not None:
             done, reason = stopped.done, stopped.reason
         if done < len(batch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from cvmcore.pages import run
 from cvmcore.runner import load_profile_for
 from cvmcore.sched import Case, Timed, explore
 from cvmcore.testing.invariants import Checker
-from cvmcore.types import HostVerdict
+from cvmcore.types import HostMode, HostVerdict
+from cvmcore.vcpu import Touch
 from cvmcore_pkvm.ops import PKVM
 
 PAGES = 8
@@ -226,5 +228,29 @@ def test_two_vcpus_fault_one_page() -> None:
             host.hw.check_legal()
 
         return Case(host, [(f"vcpu{i}", machine.guest.write.steps(run(3, 1), i)) for i in range(2)], check)
+
+    assert explore(make, interruptions=2).schedules > 10
+
+
+def test_a_poison_fault_beside_another_fault() -> None:
+    """EL2 is asked about the vCPU that came out, once, and each vCPU's pages come from its own list, whatever another
+    vCPU of the VM does meanwhile."""
+
+    def make() -> Case:
+        host = Host(PKVM, PROFILE, nr_frames=1 << 10)
+        machine = Machine(host, 16 << 12, vcpus=2)
+        machine.launch()
+        for vcpu in range(2):
+            machine.guest.write(run(8 + vcpu, 1), vcpu)
+        assert machine.process.read(machine.regions[0].hva + (8 << 12), 1, HostMode.KERNEL)[0] is HostVerdict.RECLAIMED
+        before = host.meter.ops.get("__pkvm_vcpu_in_poison_fault", 0)
+
+        def check(results: list[Any]) -> None:
+            assert (type(results[0]).__name__, results[0].errno) == ("Shutdown", errno.EFAULT)
+            assert host.meter.ops["__pkvm_vcpu_in_poison_fault"] - before == 1
+            host.hw.check_legal()
+
+        steps = machine.vcpus[0].run.steps(Touch(run(8, 1)))
+        return Case(host, [("poisoned", steps), ("other", machine.guest.write.steps(run(3, 1), 1))], check)
 
     assert explore(make, interruptions=2).schedules > 10

@@ -253,7 +253,8 @@ def test_pins_of_faults_under_way(make_core: Any) -> None:
     core.do(core.ops.vcpu_enter(core.vcpu))
     core.ops.topup(core.vm, core.vcpu)
     batch = core.batch(run(0, 2), run(100, 2))
-    pin, unpin = (lambda: core.do(core.ops.pin_pfn(core.vm, batch))), (lambda: core.ops.unpin_pfn(core.vm, batch))
+    pin = lambda: core.do(core.ops.pin_pfn(core.vm, core.vcpu, batch))  # noqa: E731
+    unpin = lambda: core.ops.unpin_pfn(core.vm, batch)  # noqa: E731
 
     assert pin() is None and pin() is None
     assert (core.host.frames.pins[100:102].tolist(), core.vm.memlock_left) == ([1, 1], 4094)
@@ -264,7 +265,7 @@ def test_pins_of_faults_under_way(make_core: Any) -> None:
 
     pin()
     pin()
-    assert core.do(core.ops.set_private_spte(core.vm, batch)) is None
+    assert core.do(core.ops.set_private_spte(core.vm, core.vcpu, batch)) is None
     unpin()
     assert core.host.frames.pins[100:102].tolist() == [1, 1]
     assert pin() is None  # a fault that another vCPU has resolved
