@@ -65,3 +65,5 @@ class Backend:
     options: tuple[Option, ...] = ()
     kvm_type: int | None = None
     """The number that KVM_CREATE_VM has for the VM type, where it has one (KVM_VM_TYPE_*)."""
+    policy_words: tuple[tuple[str, str, str], ...] = ()
+    """(policy, the vendor's word, the core's): choices of the core that people know by the vendor's name for them."""

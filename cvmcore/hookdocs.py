@@ -41,6 +41,7 @@ _NO_ERRORS = {
 }
 
 ARGUMENTS = {
+    "reads": "how many reads of an entry to count",
     "blocked": "whether block_private_spt was called for the table",
     "arguments": "by name: what the hook is called with, or the fields of the vendor's structure",
     "batch": "pages of one memslot at one level, in gfn order, with their frames",
@@ -81,6 +82,9 @@ ARGUMENTS = {
 """What an argument of this name means, in every hook that has one."""
 
 RESULTS = {
+    "tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]] | Stopped | None": (
+        "(state, frame), one each; `None` where only counted; or `Stopped(0, Retry())`"
+    ),
     "Access": "`Access`: one `Walk` for all pages or one each, and the frames behind them",
     "Any": "anything but None answers in the backend's place",
     "Capabilities": "`Capabilities`",

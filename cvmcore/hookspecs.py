@@ -37,6 +37,7 @@ from cvmcore.types import (
     HostView,
     InstallResult,
     SlotView,
+    Stopped,
     VcpuView,
     VmView,
 )
@@ -458,6 +459,20 @@ def read_private_spte(vm: VmView, gfns: Sel, level: int) -> tuple[npt.NDArray[np
     Returns (state, frame), one each: state 0 absent, 1 leaf, 2 table, 3 a leaf that the host has destroyed by force
     (the core's record of it stays), 4 a table that is blocked (what is below is told as it stands); frame of the leaf,
     or of the table page where the core donated it (else 0). Used to compare the core's root with the truth.
+    """
+
+
+@_hook("query", "mmu_lock:r", "- (mail 001: what the mirror spares)")
+def walk_private_spte(
+    vm: VmView, gfns: Sel, level: int, reads: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]] | Stopped | None:
+    """The core reads entries of the trusted table at `level` (gfns: 4K heads) on its way through a fault, with the
+    policy walker=external; kinds and frames as read_private_spte has them.
+
+    reads: how many to count and charge: one for each faulting page. It is 0 where the core does not know yet how
+    many of a batch will come so far; then it calls again at the end, without gfns, and the answer is None.
+
+    On error: Stopped where the table is busy, or a parent is blocked; the fault is retried.
     """
 
 

@@ -73,7 +73,11 @@ class Host:
         self.nr_cpus = nr_cpus
         self.memlock_limit_bytes = memlock_limit_bytes
         self.options = parse_options(backend.options, options or {}, f"backend {backend.name}")
-        self.policies = parse_options(POLICIES, policies or {}, "the core")
+        given = dict(policies or {})
+        for name, word, choice in backend.policy_words:
+            if given.get(name) == word:
+                given[name] = choice
+        self.policies = parse_options(POLICIES, given, "the core")
         self.contract = CONTRACTS[self.policies["invalidation"]]
         self.drive: Callable[[Steps[Any]], Any] = drive
         self.profile = profile

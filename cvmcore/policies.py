@@ -14,6 +14,10 @@ POLICIES: tuple[Option, ...] = (
         ("decoupled", "flags3", "flags2", "attributes", "untold"),
     ),
     Option(
+        "walker", "mirror", "what a private fault walks where there is a mirror: that, or the trusted table itself",
+        ("mirror", "external"),
+    ),
+    Option(
         "merge", "none",
         "when small private pages become large again: never; when a thread finds a full table; in faults; when a table "
         "is used that a thread has blocked",

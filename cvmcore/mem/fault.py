@@ -495,11 +495,12 @@ def _map(
     """Under mmu_lock: the stale check, the walk, the leaves (steps 12 to 15). Returns how many are mapped, how the next
     one ends, and why where that is for good."""
     vm, write, n = access.vm, access.write, len(batch)
+    asked = n
     stale = vm.frame.moved(seen, batch.gfns) or root is not vm.tdp.root_for(access.private)
     stale = stale or bool(root.blocked and root.first_blocked(batch.gfns))
     if stale or (vm.frame.in_progress and vm.frame.blocks(batch.all_gfns)):
         return 0, RetPf.RETRY, None
-    linked, why = yield from vm.tdp.link_tables(root, batch.level, batch.gfns, access.vcpu.tables)
+    linked, why = yield from vm.tdp.link_tables(root, batch.level, batch.gfns, access.vcpu.tables, reads=True)
     if linked < n:
         batch, n = batch.part(0, linked), linked
     if isinstance(why, Mapped):
@@ -510,13 +511,18 @@ def _map(
     if n == 0:
         return 0, ret, why if isinstance(why, Fatal) else None
 
-    words = take(root.entries[batch.level], batch.blocks)
+    found = yield from vm.tdp.read(root, batch.level, batch.blocks, asked)
+    if found is None:
+        return 0, RetPf.RETRY, None
+    words = found
     bits = 0 if slot.read_only else WRITABLE | (DIRTY if write else 0)
     if all_zero(words):
         stop = yield from vm.tdp.map_leaves(root, batch, bits, access.vcpu)
         mapped = n if stop is None else stop.done
     else:
         stop, mapped, ret = yield from _map_mixed(access, root, slot, batch, words.copy(), bits, ret)
+    if asked > 1:
+        yield from vm.tdp.walked(root, batch.level, min(mapped + 1, n))
     if slot.dirty is not None and not slot.read_only and mapped:
         # A read finds a protected page as it is: protected.
         now = batch.part(0, mapped)

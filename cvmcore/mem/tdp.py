@@ -53,6 +53,7 @@ from cvmcore.types import (
     Filter,
     FramesView,
     Retry,
+    Stopped,
     Use,
     Walk,
     order_of,
@@ -73,6 +74,8 @@ _FRAME = np.uint32(FRAME_SHIFT)
 _TABLE = np.uint32(TABLE)
 _LEAF = np.uint32(PRESENT | TABLE)
 TOP = PG_LEVEL_512G
+_WORD_OF = np.array([0, PRESENT | WRITABLE, PRESENT | TABLE, 0, TABLE], np.uint32)
+"""State bits by what `read_private_spte` calls an entry."""
 
 _STATES = ((PRESENT, "present"), (TABLE, "table"), (WRITABLE, "writable"), (DIRTY, "dirty"), (FROZEN, "frozen"))
 
@@ -321,6 +324,8 @@ class Tdp:
     def __init__(self, vm: Vm) -> None:
         self.vm = vm
         caps = vm.caps
+        self.reads_external = vm.host.policies["walker"] == "external" and vm.host.ops.has("walk_private_spte")
+        """Faults walk the trusted table, not the mirror, which goes on as a record, and for its frozen entries."""
         self.mirror: Root | None = Root(Filter.PRIVATE, external=True) if caps.has_mirror else None
         self.direct = self._new_direct()
         self.invalid: list[Root] = []
@@ -416,24 +421,59 @@ class Tdp:
                 gfns=heads(where(index, same), order_of(level)), pfns=pfns,
             )
 
+    # ---- reading ----------------------------------------------------------------------------------------------
+
+    def read(self, root: Root, level: int, index: Sel, n: int) -> Steps[Words | None]:
+        """The entries at `index` as a fault of n pages finds them: from the root's own words, or, by policy, from the
+        trusted table. None where that is busy. Reads of more than one page are counted by `walked`."""
+        words = take(root.entries[level], index)
+        if not self.reads_external or not root.mirror:
+            return words
+        gfns = heads(index, order_of(level))
+        found = yield from self.vm.host.ops.call(
+            "walk_private_spte", int(n == 1), vm=self.vm, gfns=gfns, level=level, reads=int(n == 1)
+        )
+        if isinstance(found, Stopped):
+            return None
+        kinds, frames = found
+        read: Words = (frames << FRAME_SHIFT).astype(np.uint32) | _WORD_OF.take(kinds)
+        read[words == FROZEN] = FROZEN
+        return read
+
+    def walked(self, root: Root, level: int, n: int) -> Steps[None]:
+        """n pages of a batch were walked from the top down to `level`."""
+        if self.reads_external and root.mirror:
+            for above in range(TOP, level - 1, -1):
+                yield from self.vm.host.ops.call(
+                    "walk_private_spte", n, vm=self.vm, gfns=EMPTY, level=above, reads=n
+                )
+
     # ---- installing -------------------------------------------------------------------------------------------
 
     def link_tables(
-        self, root: Root, level: int, gfns: Sel, cache: TableCache
+        self, root: Root, level: int, gfns: Sel, cache: TableCache, *, reads: bool = False
     ) -> Steps[tuple[int, Retry | Fatal | Mapped | None]]:
         """Make sure that tables stand above `level` for all gfns, parents first; a direct huge leaf in the way is
         split, one of a mediated root zapped: its small pages fault in again; one of a mirror root serves them as it is.
         Returns how many leading gfns may go on, and why not more (Retry: frozen, or the hook was busy; Mapped: a larger
-        leaf has the next one already)."""
-        n = count(gfns)
+        leaf has the next one already). reads: the walk is a fault's, which may be one of the trusted table (`read`)."""
+        n = asked = count(gfns)
         reason: Retry | Fatal | Mapped | None = None
-        if root.tabled(level, gfns):
+        external = reads and self.reads_external and root.mirror
+        stopped_at = TOP
+        if not external and root.tabled(level, gfns):
             return n, None
         for above in range(TOP, level, -1):
             if n == 0:
                 break
+            before = n
             index = blocks(part(gfns, 0, n), order_of(above))
             words = take(root.entries[above], index)
+            if external:
+                found = yield from self.read(root, above, index, asked)
+                if found is None:
+                    return 0, Retry()
+                words = found
             tables = int(np.count_nonzero(words & np.uint32(TABLE)))
             if tables == len(words):
                 continue
@@ -461,6 +501,10 @@ class Tdp:
                 if stop is not None:
                     bad = first(part(absent, stop.done, stop.done + 1))
                     n, reason = _before(gfns, bad, order_of(above), n), stop.reason
+            if n < before:
+                stopped_at = above
+        if external and n < asked > 1:
+            yield from self.walked(root, stopped_at, 1)
         return n, reason
 
     def _slot_at(self, gfn: int) -> Memslot:

@@ -773,18 +773,36 @@ class Tdx:
     @hookimpl
     def read_private_spte(self, vm: VmView, gfns: Sel, level: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """What the Secure EPT holds."""
-        words = vm.host.hw.sept_words(vm.arch.tdr, level - 1, gfns)
-        states = words & np.uint32(31)
-        kinds = np.where(states >= SeptState.NL_BLOCKED, np.uint8(2), np.uint8(1))
-        kinds[states == SeptState.NL_BLOCKED] = 4
-        kinds[(states == SeptState.FREE) | (states == SeptState.REMOVED)] = 0
-        return kinds, (words >> np.uint32(5)).astype(np.int64)
+        return _kinds(vm.host.hw.sept_words(vm.arch.tdr, level - 1, gfns))
+
+    @hookimpl
+    def walk_private_spte(
+        self, vm: VmView, gfns: Sel, level: int, reads: int
+    ) -> Steps[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | Stopped | None]:
+        """MEM.SEPT.RD of each entry: the walk that the mirror spares."""
+        meter = vm.host.meter
+        if not count(gfns):
+            meter.op("TDH.MEM.SEPT.RD", "sept_rd", reads)
+            return None
+        steps = vm.host.hw.tdh_mem_sept_rd.steps(vm.arch.tdr, level - 1, gfns)
+        n = count(gfns) if reads == 0 else reads
+        result = yield from seamcall(meter, "TDH.MEM.SEPT.RD", "sept_rd", steps, n, made=lambda _: reads)
+        return Stopped(result.done, Retry()) if result.status else _kinds(result.words)
 
     @hookimpl
     def host_access(self, host: HostView, pfns: Sel, write: bool) -> HostVerdict:
         """TD memory reads as zeros; a write goes through, and the TD finds a machine check."""
         verdict: HostVerdict = host.hw.host_access(pfns, write)
         return verdict
+
+
+def _kinds(words: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Kinds and frames of Secure-EPT entries, as the contract has them."""
+    states = words & np.uint32(31)
+    kinds = np.where(states >= SeptState.NL_BLOCKED, np.uint8(2), np.uint8(1))
+    kinds[states == SeptState.NL_BLOCKED] = 4
+    kinds[(states == SeptState.FREE) | (states == SeptState.REMOVED)] = 0
+    return kinds, (words >> np.uint32(5)).astype(np.int64)
 
 
 TDX = Backend(
@@ -797,6 +815,7 @@ TDX = Backend(
     profile=PROFILE,
     charges=CHARGES,
     kvm_type=5,
+    policy_words=(("walker", "seamcall", "external"),),
     options=(
         Option("page_aug", "4k", "largest private page that is mapped", ("4k", "2m")),
         Option("promote", "2m", "largest page that small ones are merged into, with page_aug=2m", ("2m", "1g")),
