@@ -5,20 +5,25 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cvmcore.backends.default import DEFAULT
 from cvmcore.cli import main
 from cvmcore.difference import QUIRKS, Step, against, beside, compared, explained
 from cvmcore.errors import InputError
+from cvmcore.host import Host
 from cvmcore.live import guest, layouts
 from cvmcore.live.front import LiveError, LiveFront, Server
 from cvmcore.live.probe import Probe, probe
-from cvmcore.modelfront import model_front
+from cvmcore.modelfront import ModelFront, model_front
 from cvmcore.plugins import load_backend
+from cvmcore.runner import load_profile_for
 from cvmcore.testing.fuzz import diff_fuzz
 from cvmcore.uapiscript import Script
 
@@ -256,19 +261,84 @@ def test_fuzz_finds_no_difference(server: Server) -> None:
     assert outcome.steps >= 5000
 
 
-@needs_kvm
-def test_fuzz_finds_and_shortens_a_difference(server: Server) -> None:
-    """Against a kernel that forgets to punch: a few lines say so."""
+class Forgetful(ModelFront):
+    """A kernel that forgets to punch."""
 
-    class Forgetful(LiveFront):
-        def call(self, op: str, arguments: dict[str, Any]) -> dict[str, Any]:
-            return {"status": "OK"} if op == "fallocate" and arguments["mode"] == 3 else super().call(op, arguments)
+    def call(self, op: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {"status": "OK"} if op == "fallocate" and arguments["mode"] == 3 else super().call(op, arguments)
 
-    outcome = diff_fuzz(Forgetful(server), 20_000, 1, options=OPTIONS)
+
+def fresh_host(**how: Any) -> Host:
+    return Host(DEFAULT, load_profile_for(DEFAULT, None), **how)
+
+
+def test_fuzz_finds_and_shortens_a_difference() -> None:
+    """A few lines say what the other does otherwise; numbers are small."""
+    told: list[int] = []
+    lines: list[str] = []
+
+    outcome = diff_fuzz(
+        Forgetful(fresh_host()), 20_000, 1, told=lambda outcome: told.append(outcome.steps), record=lines.append
+    )
 
     assert outcome.script[-1]["op"] == "fallocate"
     assert len(outcome.script) <= 8
-    assert "differ" in outcome.why
+    assert "the model and the kernel differ in" in outcome.why
+    assert told == sorted(told) and len(lines) > outcome.cases
+
+
+def test_fuzz_of_the_model_with_itself() -> None:
+    """No difference, on another kernel's errno either; and one errno that two kernels do not share is found."""
+    assert diff_fuzz(ModelFront(fresh_host(kernel="7.x")), 300, 3, version="7.x").why == ""
+
+    again = {**SHARED_SLOT[3], "slot": 1, "gpa": "1M"}
+    steps = beside(Script(model_front("default")), Script(ModelFront(fresh_host(kernel="7.x"))), text([
+        *SHARED_SLOT, again,
+    ]), "here")  # fmt: skip
+    assert [(step.line, step.model["status"], step.kernel["status"]) for step in steps if step.differs] == [
+        (6, "EINVAL", "EEXIST")
+    ]
+
+
+def test_what_the_process_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that drives the kernel, played by another: refusals, failures, a death, an end."""
+    played = textwrap.dedent("""
+        import json, sys
+        answers = iter(json.loads(sys.argv[1]))
+        for line in sys.stdin:
+            answer = next(answers, None)
+            if answer is None:
+                break
+            print(json.dumps(answer), flush=True)
+            if "failed" in answer:
+                print(json.dumps({"ended": ""}), flush=True)
+    """)
+    answers = [
+        {"ready": True}, {"answer": {"status": "OK", "fd": 7}}, {"refused": "too large"},
+        {"answer": {"status": "OK", "done": 3, "seen": [1, 1, 2]}}, {"answer": None}, {"ended": ""},
+        {"ready": True}, {"failed": "KeyError: x"}, {"ready": True}, {"ended": "SIGBUS"},
+    ]  # fmt: skip
+    monkeypatch.setattr("cvmcore.live.front.probe", lambda: Probe(values={"VM_TYPES": 1}))
+    monkeypatch.setattr("cvmcore.live.front.COMMAND", [sys.executable, "-c", played, json.dumps(answers)])
+
+    with Server() as server:
+        front = LiveFront(server)
+        script = Script(front)
+        assert script.do("create_vm", {}) == {"op": "create_vm", "status": "OK"}
+        with pytest.raises(InputError, match="live: too large"):
+            script.do("close", {"fd": "vm"})
+        assert script.do("host_read", {"addr": 0, "pages": 3})["seen"] == [[1, 2], [2, 1]]
+        with pytest.raises(InputError, match="launch_update is not tried"):
+            script.do("launch_update", {"gpa": 0, "contents": ["00"]})
+        assert front.state(7) is None
+        front.close()
+        front.close()
+        with pytest.raises(LiveError, match="failed: KeyError: x"):
+            script.do("create_vm", {})
+        with pytest.raises(LiveError, match="killed by SIGBUS"):
+            script.do("create_vm", {})
+        with pytest.raises(LiveError, match="has ended"):
+            script.do("create_vm", {})
 
 
 def test_pages_that_were_only_read_are_a_known_difference() -> None:

@@ -11,6 +11,8 @@ from cvmcore.errors import CvmError, InputError
 from cvmcore.live.probe import Probe, probe
 from cvmcore.uapiscript import Answer, runs_of
 
+COMMAND = [sys.executable, "-m", "cvmcore.live.server"]
+
 
 class LiveError(CvmError):
     """The process that drives the kernel ended, or the machine has no usable KVM."""
@@ -23,9 +25,7 @@ class Server:
         self.probe: Probe = probe()
         if self.probe.why:
             raise LiveError(f"no live run: {self.probe.why}")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "cvmcore.live.server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        self._process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def __enter__(self) -> Server:
         return self
