@@ -30,7 +30,10 @@ def check(
     ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Run the conformance suite on a backend: hooks, invariants, content, failures, leaks, random calls."""
+    """Run the conformance suite on a backend.
+
+    Hooks, invariants, content, failures, leaks, random calls.
+    """
     from cvmcore.outfile import OutFile
     from cvmcore.plugins import load_backend
     from cvmcore.progress import Bar
