@@ -338,6 +338,13 @@ class Console:
         return told | {"abort": result.abort, "state": self._leaves(self._on(cpu), gfns)}
 
     @op
+    def guest_hvc(self, cpu: int, function: int, r1: int = 0, r2: int = 0, r3: int = 0) -> Answer:
+        """A guest's HVC by its number and registers: 0xC6000002 to 4; r1 is an address."""
+        result = self.hyp.guest_hvc(cpu, function, r1, r2, r3)
+        told: Answer = {"status": result.status.name, "code": int(result.status), "done": result.done}
+        return told | {"abort": result.abort}
+
+    @op
     def hyp_meminfo(self, cpu: int, r1: int = 0, r2: int = 0, r3: int = 0) -> Answer:
         """The guest asks for the granule."""
         result = self.hyp.hyp_meminfo(cpu, (r1, r2, r3))

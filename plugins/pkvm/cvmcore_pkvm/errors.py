@@ -1,4 +1,5 @@
-"""What EL2 answers: kernel errnos to the host, SMCCC codes to a guest, FF-A codes to the host's TrustZone driver."""
+"""Numbers of guest hypercalls, and what EL2 answers: kernel errnos to the host, SMCCC codes to a guest, FF-A codes to
+the host's TrustZone driver."""
 
 from __future__ import annotations
 
@@ -20,6 +21,14 @@ class Errno(enum.IntEnum):
     ERANGE = -34
     EOPNOTSUPP = -95  # what the host makes of SMCCC NOT_SUPPORTED (kvm_call_hyp_nvhe)
     EHWPOISON = -133
+
+
+class Hvc(enum.IntEnum):
+    """Numbers of the calls of a protected guest that EL2 serves (include/linux/arm-smccc.h, ARM_SMCCC_KVM_FUNC_*)."""
+
+    HYP_MEMINFO = 0xC6000002
+    MEM_SHARE = 0xC6000003
+    MEM_UNSHARE = 0xC6000004
 
 
 class Smccc(enum.IntEnum):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import cached_property
 from typing import Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
 
@@ -51,8 +51,8 @@ from cvmcore.pages import (
     where,
     zeros,
 )
-from cvmcore.types import Access, Walk
-from cvmcore_pkvm.errors import Errno, Ffa, Smccc
+from cvmcore.types import PAGE_BYTES, Access, Walk
+from cvmcore_pkvm.errors import Errno, Ffa, Hvc, Smccc
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -300,13 +300,15 @@ class Result:
 class HvcResult:
     """How a guest's loop of MEM_SHARE or MEM_UNSHARE calls ended.
 
-    status: SUCCESS, or what the call at page `done` returned. calls: HVCs made, that one included. abort: the page is
-    absent and its call became a stage-2 fault to the host; the guest will make the call again.
+    status: SUCCESS, or what the call that begins at page `done` returned. calls: HVCs made, that one included. at: the
+    page of that call which is why. abort: it is absent, and the call became a stage-2 fault to the host there; the
+    guest will make it again.
     """
 
     status: Smccc
     done: int
     calls: int
+    at: int = 0
     abort: bool = False
 
 
@@ -397,6 +399,35 @@ def _tables_of(entries: Sel) -> tuple[Sel, IntArray]:
 
 Changes: TypeAlias = list[tuple[int, Sel, npt.NDArray[np.uint16]]]
 """(level of `Stage2.used`, tables, how many entries each has then)"""
+
+
+def _call_starts(pages: IntArray, words: Words) -> IntArray:
+    """Where a call for a range of pages has to begin, however many it may cover: a gap, another table, other frames."""
+    together = (pages[1:] == pages[:-1] + 1) & (words[1:] == words[:-1] + np.uint32(1 << FRAME_SHIFT))
+    together &= (pages[1:] & (PAGES_BLOCK - 1)) != 0
+    starts: IntArray = np.concatenate([[0], np.flatnonzero(~together) + 1])
+    return starts
+
+
+def _call_of(pages: IntArray, words: Words, batch: int) -> int:
+    """Where the call begins that comes to the last of these pages; those before it have the entries `words`. The state
+    of a page is looked at before its frame."""
+    n = len(pages) - 1
+    if n == 0 or pages[n] != pages[n - 1] + 1 or not pages[n] & (PAGES_BLOCK - 1):
+        return n
+    start = int(_call_starts(pages[:n], words[:n])[-1])
+    return n - (n - start) % batch
+
+
+def _tables_whole(gfns: Sel) -> Iterable[tuple[int, int]]:
+    """`pieces` that part no table of 512 pages."""
+    start, n = 0, count(gfns)
+    for _low, stop in pieces(gfns):
+        if stop > start:
+            end = (last(part(gfns, 0, stop)) | (PAGES_BLOCK - 1)) + 1
+            stop += int(np.count_nonzero(array_of(part(gfns, stop, min(n, stop + PAGES_BLOCK))) < end))
+            yield start, stop
+            start = stop
 
 
 class Stage2:
@@ -825,15 +856,30 @@ class Hyp:
     @el2
     def handle_host_mem_abort(self, pfns: Sel) -> Steps[Result]:
         """The host touches frames, one by one (host_stage2_idmap): what it has lost fails with -EPERM (EL2 injects an
-        abort, S1PTW set), an entry that a broken block took away comes back. Counted in `work`: the faults."""
+        abort, S1PTW set), an entry that a broken block took away comes back. Counted in `work`: the faults. MMIO is the
+        host's, and its entries are taken to stand since boot."""
         return (yield from self._locked(self._hosts(pfns), lambda: self._host_fault(pfns)))
+
+    def _memory_of(self, pfns: Sel, checks: _Checks) -> tuple[Sel, IntArray | None]:
+        """The frames among pfns that are memory, and where in the batch they are (None: all of it). No address at all:
+        -EPERM."""
+        is_run = isinstance(pfns, slice) and self._holes is None
+        if not count(pfns) or (is_run and first(pfns) >= 0 and last(pfns) < self.nr_frames):
+            return pfns, None
+        pages = array_of(pfns)
+        checks.fail((pages < 0) | (pages >= self.pa_frames), Errno.EPERM)
+        at: IntArray = np.flatnonzero(self._kinds(pages[: checks.n]) != 1)
+        return pages[at], at
 
     def _host_fault(self, pfns: Sel) -> Result:
         checks, work = _Checks(count(pfns)), Work()
-        pfns = self._need_memory(pfns, checks, nomap=True)
+        pfns, at = self._memory_of(pfns, checks)
         state = take(self.frame, pfns)
-        checks.fail(((state & HOST_BITS) == NOPAGE) & ((state & VALID) == 0), Errno.EPERM)
-        pfns, state = checks.cut(pfns), state[: checks.n]
+        gone = ((state & HOST_BITS) == NOPAGE) & ((state & VALID) == 0)
+        if np.count_nonzero(gone):
+            n = int(np.argmax(gone))
+            checks.stop(n if at is None else int(at[n]), Errno.EPERM)
+            pfns, state = part(pfns, 0, n), state[:n]
         table = self.host_table.take(array_of(pfns) >> BLOCK_ORDER)
         lost = (table != 0) & ((state & VALID) == 0)
         if n := int(np.count_nonzero(lost)):
@@ -1426,13 +1472,13 @@ class Hyp:
         stays as it is."""
         return (yield from self._converted("guest_unshare_host", cpu, gfns))
 
-    def _converted(self, name: str, cpu: int, gfns: Sel) -> Steps[Result]:
+    def _converted(self, name: str, cpu: int, gfns: Sel, batch: int = 1) -> Steps[Result]:
         vcpu = self._vcpu_on(cpu, protected=True)
         if vcpu is None:
             return Result(Errno.EINVAL)
         vm = vcpu.vm
         locks = self._of_guest(vm, gfns, converts=True)
-        return (yield from self._locked(locks, lambda: self._convert(TRANSITIONS[name], vm, gfns)))
+        return (yield from self._locked(locks, lambda: self._convert(TRANSITIONS[name], vm, gfns, batch)))
 
     def _owned_leaves(
         self, vm: HypVm, gfns: Sel, wanted: tuple[int, ...], checks: _Checks
@@ -1453,8 +1499,11 @@ class Hyp:
         words = words[: checks.n]
         return (words, *(_leaves(words) if checks.n else (ABSENT, EMPTY)))
 
-    def _convert(self, move: Transition, vm: HypVm, gfns: Sel) -> Result:
+    def _convert(self, move: Transition, vm: HypVm, gfns: Sel, batch: int) -> Result:
+        """The answer is the page that fails; of its call, which covers `batch` pages, those before it stay as they are.
+        """
         checks, work = _Checks(count(gfns)), Work()
+        checks.answer = 0
         words, _leaf, pfns = self._owned_leaves(vm, gfns, (move.leaf,), checks)
         if not checks.n:
             return checks.result(work)
@@ -1466,7 +1515,12 @@ class Hyp:
             checks.fail((state & move.mask) != move.want, Errno.EPERM)
             if not checks.n:
                 return checks.result(work)
+        checks.answer = checks.n
+        if batch > 1 and checks.n < checks.total:
+            checks.look_at(_call_of(array_of(part(gfns, 0, checks.n + 1)), words, batch))
         n = checks.n
+        if n == 0:
+            return checks.result(work)
         if n < checks.total:
             gfns, pfns, words = checks.cut(gfns), part(pfns, 0, n), words[:n]
         if move.after[0] == NOPAGE:
@@ -1645,7 +1699,8 @@ class Hyp:
     def _share_guest(self, vcpu: HypVcpu, pfns: Sel, gfns: Sel, nr: int, prot: int) -> Result:
         stage2, checks, work = vcpu.vm.stage2, _Checks(count(gfns), count(pfns)), Work()
         if prot & ~RWX or nr not in (1, PAGES_BLOCK):
-            return Result(Errno.EINVAL)
+            checks.stop(0, Errno.EINVAL)
+            nr = 1  # the refill, which comes before any check, is the same
         plan = self._plan_tables(vcpu, gfns, nr, checks)
         self._need_pa(pfns, nr, checks)
         order = self._check_size(gfns, nr, checks, pfns)
@@ -1770,8 +1825,10 @@ class Hyp:
         checks, work = _Checks(count(gfns)), Work()
         if prot & ~RWX:
             checks.stop(0, Errno.EINVAL)
-        gfns = self._mapped_leaves(stage2, gfns, checks)
-        n = checks.n
+        gfns = stage2.cover(gfns, checks)
+        if checks.n:
+            checks.fail(stage2.leaves(gfns) == 0, Errno.EAGAIN)
+        gfns, n = checks.cut(gfns), checks.n
         if n:
             self._set_bits(stage2, gfns, int(prot))
             _add(work, PTE, n)
@@ -1780,7 +1837,8 @@ class Hyp:
 
     @hypercall
     def mkyoung(self, cpu: int, gfns: Sel) -> Steps[Result]:
-        """__pkvm_host_mkyoung_guest, one call a leaf that a gfn lies in: set its access flag. Absent: -EAGAIN."""
+        """__pkvm_host_mkyoung_guest, one call a leaf that a gfn lies in: set its access flag. Absent ones are passed
+        over."""
         vcpu = self._vcpu_on(cpu, protected=False)
         if vcpu is None:
             return Result(Errno.EINVAL)
@@ -1788,20 +1846,14 @@ class Hyp:
 
         def act() -> Result:
             checks, work = _Checks(count(gfns)), Work()
-            named = self._mapped_leaves(vm.stage2, gfns, checks)
+            named = vm.stage2.cover(gfns, checks)
             if checks.n:
+                named = where(named, vm.stage2.leaves(named) != 0)
                 self._set_bits(vm.stage2, named, LEAF_YOUNG)
-                _add(work, PTE, checks.n)
+                _add(work, PTE, count(named))
             return checks.result(work)
 
         return (yield from self._locked(self._of_vm(vm, gfns), act))
-
-    def _mapped_leaves(self, stage2: Stage2, gfns: Sel, checks: _Checks) -> Sel:
-        """The leading gfns that a leaf of either size translates; an absent one fails with -EAGAIN."""
-        gfns = stage2.cover(gfns, checks)
-        if checks.n:
-            checks.fail(stage2.leaves(gfns) == 0, Errno.EAGAIN)
-        return checks.cut(gfns)
 
     @staticmethod
     def _set_bits(stage2: Stage2, gfns: Sel, bits: int) -> None:
@@ -1929,6 +1981,22 @@ class Hyp:
         return Access(status, pfns)
 
     @el2
+    def guest_hvc(self, cpu: int, function: int, r1: int = 0, r2: int = 0, r3: int = 0) -> Steps[HvcResult]:
+        """An HVC as its registers say (kvm_handle_pvm_hvc64), for one page: r1 is its address, r2 and r3 are reserved.
+
+        HYP_MEMINFO, MEM_SHARE and MEM_UNSHARE are served here (`Hvc`); another goes on to the host: NOT_SUPPORTED.
+        """
+        if function == Hvc.HYP_MEMINFO:
+            return (yield from self.hyp_meminfo.steps(cpu, (r1, r2, r3)))
+        names: dict[int, str] = {Hvc.MEM_SHARE: "guest_share_host", Hvc.MEM_UNSHARE: "guest_unshare_host"}
+        name = names.get(function)
+        if name is None or self._vcpu_on(cpu, protected=True) is None:
+            return HvcResult(Smccc.NOT_SUPPORTED, 0, 1)
+        if r2 or r3 or r1 & (PAGE_BYTES - 1) or r1 < 0:
+            return HvcResult(Smccc.INVALID_PARAMETER, 0, 1)
+        return (yield from self._hvc(name, cpu, run(r1 // PAGE_BYTES, 1), 1))
+
+    @el2
     def hyp_meminfo(self, cpu: int, args: tuple[int, int, int] = (0, 0, 0)) -> Steps[HvcResult]:
         """HYP_MEMINFO: a protected guest learns the granule (4096 in `done`). Arguments must be zero."""
         if self._vcpu_on(cpu, protected=True) is None:
@@ -1941,7 +2009,8 @@ class Hyp:
         """The loop of a guest that shares pages with MEM_SHARE, `batch` pages a call (1: upstream; up to 512: Android).
 
         A call covers consecutive gfns of one table on consecutive frames; a short count is success, and the guest calls
-        again. Every error is INVALID_PARAMETER, but for an absent page: its call becomes a stage-2 fault (`abort`).
+        again. All of its pages must be in the state that the call wants, or none is converted. Every error is
+        INVALID_PARAMETER, but for an absent page: the call becomes a stage-2 fault there (`abort`).
         """
         return (yield from self._hvc("guest_share_host", cpu, gfns, batch))
 
@@ -1957,18 +2026,19 @@ class Hyp:
         if vcpu is None:
             return HvcResult(Smccc.NOT_SUPPORTED, 0, 1)
         done, status = 0, Errno.OK
-        for start, stop in pieces(gfns):
-            result = yield from self._converted(name, cpu, part(gfns, start, stop))
-            done, status = start + result.done, result.status
+        at = 0
+        for start, stop in _tables_whole(gfns):
+            result = yield from self._converted(name, cpu, part(gfns, start, stop), batch)
+            done, status, at = start + result.done, result.status, start + (result.answer or 0)
             if status:
                 break
         calls = self._calls(vcpu.vm.stage2, part(gfns, 0, done), batch)
         if not status:
             return HvcResult(Smccc.SUCCESS, done, calls)
         if status == Errno.ENOENT and name == "guest_share_host":
-            vcpu.faults = (part(gfns, done, done + 1), int(Walk.MISS))
-            return HvcResult(Smccc.SUCCESS, done, calls + 1, abort=True)
-        return HvcResult(Smccc.INVALID_PARAMETER, done, calls + 1)
+            vcpu.faults = (part(gfns, at, at + 1), int(Walk.MISS))
+            return HvcResult(Smccc.SUCCESS, done, calls + 1, at, abort=True)
+        return HvcResult(Smccc.INVALID_PARAMETER, done, calls + 1, at)
 
     @staticmethod
     def _calls(stage2: Stage2, gfns: Sel, batch: int) -> int:
@@ -1976,11 +2046,7 @@ class Hyp:
         n = count(gfns)
         if batch == 1 or n <= 1:
             return n
-        pages = array_of(gfns)
-        words = take(stage2.pages, gfns)
-        together = (pages[1:] == pages[:-1] + 1) & (words[1:] == words[:-1] + np.uint32(1 << FRAME_SHIFT))
-        together &= (pages[1:] & (PAGES_BLOCK - 1)) != 0
-        starts = np.concatenate([[0], np.flatnonzero(~together) + 1])
+        starts = _call_starts(array_of(gfns), take(stage2.pages, gfns))
         return int((-(-np.diff(starts, append=n) // batch)).sum())
 
     # ---- invariants -------------------------------------------------------------------------------------------

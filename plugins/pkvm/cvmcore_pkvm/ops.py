@@ -507,7 +507,7 @@ class Pkvm:
         if n > 1:
             self._trap(host, name, result.calls - (refused and result.done > 0))
         if result.abort:
-            return Refault(first(part(gfns, result.done, n)), result.done)
+            return Refault(first(part(gfns, result.at, n)), result.done)
         if vm.options["conversion"] == "exit" and result.done:
             return Exit(result.done)
         return Done(result.done)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import cvmcore.pages
 from cvmcore.effects import Steps, drain
 from cvmcore.errors import InvariantViolation
 from cvmcore.pages import run
@@ -169,6 +170,89 @@ def test_guest_hvc_batches(rig: Any, pvm: int) -> None:
     assert hyp.mem_share(cpu, np.r_[508:511, 512:516, 518:520, 610], 512).calls == 4
     with pytest.raises(ValueError, match="1 to 512"):
         hyp.mem_share(cpu, run(0, 1), 513)
+
+
+@pytest.mark.parametrize(
+    ("function", "r1", "r2", "r3", "status"),
+    [
+        (0xC6000002, 0, 0, 0, Smccc.SUCCESS),  # HYP_MEMINFO
+        (0xC6000002, 0, 0, 1, Smccc.INVALID_PARAMETER),
+        (0xC6000003, 0x3000, 0, 0, Smccc.SUCCESS),  # MEM_SHARE
+        (0xC6000003, 0x3008, 0, 0, Smccc.INVALID_PARAMETER),  # unaligned
+        (0xC6000003, 0x3000, 1, 0, Smccc.INVALID_PARAMETER),  # reserved registers
+        (0xC6000003, 0x3000, 0, 1, Smccc.INVALID_PARAMETER),
+        (0xC6000003, 1 << 40, 0, 0, Smccc.INVALID_PARAMETER),  # beyond the IPA size
+        (0xC6000003, 0x2000, 0, 0, Smccc.INVALID_PARAMETER),  # shared already
+        (0xC6000004, 0x2000, 0, 0, Smccc.SUCCESS),  # MEM_UNSHARE
+        (0xC6000004, 0x2001, 0, 0, Smccc.INVALID_PARAMETER),
+        (0xC6000004, 0x3000, 0, 0, Smccc.INVALID_PARAMETER),  # not shared
+        (0xC6000004, 0x9000, 0, 0, Smccc.INVALID_PARAMETER),  # absent
+        (0xC6000007, 0x3000, 0, 0, Smccc.NOT_SUPPORTED),  # MMIO_GUARD
+    ],
+)
+def test_guest_hvc_registers(rig: Any, pvm: int, function: int, r1: int, r2: int, r3: int, status: Smccc) -> None:
+    """Numbers and registers as a guest passes them; a refusal changes nothing."""
+    hyp, cpu = rig.hyp, rig.cpu(pvm)
+    assert hyp.host_donate_guest(cpu, run(512, 4), run(0, 4)).ok
+    assert hyp.guest_share_host(cpu, run(2, 1)).ok
+    before = rig.snapshot()
+
+    result = hyp.guest_hvc(cpu, function, r1, r2, r3)
+
+    assert (result.status, result.abort) == (status, False)
+    assert (rig.snapshot() == before) == (status != Smccc.SUCCESS or function == 0xC6000002)
+
+
+def test_only_mem_share_is_replayed(rig: Any, pvm: int) -> None:
+    """MEM_SHARE of an absent page is a fault; of a poisoned one, or for an np guest, it is not."""
+    hyp, cpu, share = rig.hyp, rig.cpu(pvm), 0xC6000003
+    assert hyp.host_donate_guest(cpu, run(512, 1), run(0, 1)).ok
+    assert hyp.host_force_reclaim(run(512, 1)).ok
+
+    assert hyp.guest_hvc(cpu, share, 0x9000).abort
+    result = hyp.guest_hvc(cpu, share, 0)
+    assert (result.status, result.abort) == (Smccc.INVALID_PARAMETER, False)
+    np_cpu = rig.cpu(rig.make_vm(protected=False))
+    assert hyp.guest_hvc(np_cpu, share, 0).status == Smccc.NOT_SUPPORTED
+
+
+def test_pages_of_one_call_are_in_one_state(rig: Any, pvm: int) -> None:
+    """A call for a range that comes to a page in another state converts nothing; calls before it stand."""
+    hyp, cpu = rig.hyp, rig.cpu(pvm)
+    assert hyp.host_donate_guest(cpu, run(512, 20), run(0, 20)).ok
+    assert hyp.guest_share_host(cpu, run(10, 1)).ok
+
+    for batch, done, calls in ((16, 0, 1), (4, 8, 3), (5, 10, 3), (1, 10, 11)):
+        result = hyp.mem_share(cpu, run(0, 20), batch)
+        assert (result.status, result.done, result.calls, result.at) == (Smccc.INVALID_PARAMETER, done, calls, 10)
+        if done:
+            assert hyp.guest_unshare_host(cpu, run(0, done)).ok
+    assert hyp.host_donate_guest(cpu, run(600, 4), run(20, 4)).ok  # other frames: a call of their own
+    result = hyp.mem_share(cpu, run(11, 20), 16)
+    assert (result.status, result.done, result.at, result.abort) == (Smccc.SUCCESS, 9, 13, True)
+    assert hyp.vcpu_in_poison_fault(cpu, run(24, 1)).answer.tolist() == [False]
+    assert hyp.mem_share(cpu, run(508, 8), 512).done == 0  # 512 begins a call, absent as it is
+    hyp.check_legal()
+
+
+def test_calls_do_not_depend_on_pieces(make_rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a guest's loop is, each call is whole."""
+    found = []
+    for size in (1 << 17, 7):
+        monkeypatch.setattr(cvmcore.pages, "PIECE_RUN", size)
+        monkeypatch.setattr(cvmcore.pages, "PIECE_SCATTERED", size)
+        rig = make_rig()
+        hyp = rig.hyp
+        cpu = rig.cpu(rig.make_vm(protected=True))
+        assert hyp.host_donate_guest(cpu, run(100, 1100), run(0, 1100)).ok
+        assert hyp.guest_share_host(cpu, np.array([600])).ok
+        for gfns in (run(3, 1000), np.r_[3:300, 301:900]):
+            result = hyp.mem_share(cpu, gfns, 200)
+            found.append((result.status, result.done, result.at, result.calls))
+            assert hyp.guest_unshare_host(cpu, gfns[: result.done] if isinstance(gfns, np.ndarray)
+                                          else run(3, result.done)).ok  # fmt: skip
+    assert found[:2] == found[2:]
+    assert found[0] == (Smccc.INVALID_PARAMETER, 509, 597, 4)
 
 
 # ---- locks --------------------------------------------------------------------------------------------------------

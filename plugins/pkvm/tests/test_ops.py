@@ -128,6 +128,17 @@ def test_share_of_an_absent_page_is_replayed(make_core: Any) -> None:
     assert core.convert(run(0, 1), False) == Done(0)
 
 
+def test_share_of_a_range_with_an_absent_page(make_core: Any) -> None:
+    """The fault is where the page is absent; the whole call is made again."""
+    core = make_core(batch=16)
+    core.fault(run(0, 4), run(100, 4))
+
+    assert core.convert(run(0, 5), False) == Refault(4, 0)
+    assert core.fault(run(4, 1), run(104, 1)) == (1, None)
+    assert core.convert(run(0, 5), False) == Done(5)
+    assert core.host.meter.ops["MEM_SHARE"] == 2
+
+
 def test_refused_call_in_a_batch_counts_once(make_core: Any) -> None:
     """The core asks again for what is left of a batch: the call that fails is counted then."""
     core = make_core()
