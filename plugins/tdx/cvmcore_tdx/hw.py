@@ -451,6 +451,8 @@ class Td:
         self.refcount = [0, 0]
         """vCPUs inside, by the parity of the epoch that they entered in."""
         self.hash: _Hash | None = None
+        self.watch: Callable[[str, int, bytes], None] | None = None
+        """Told (what was measured, its gpa, the digest with it), where somebody listens."""
         self.mrtd = b""
         name = f"tdx.td{number}"
         self.lock = Lock(f"{name}.tdr", FIRST_RANK)
@@ -1222,7 +1224,13 @@ class TdxModule:
             self._own(td, 0, pages, PageType.PT_REG)
             self.memory.write(pages, self.memory.read(_upto(sources, batch.n), 0).copy(), td.hkid)
             assert td.hash is not None
-            td.hash.update(add_record(array_of(batch.gfns).astype(np.uint64) << np.uint64(12)))
+            gpas = array_of(batch.gfns).astype(np.uint64) << np.uint64(12)
+            if td.watch is None:
+                td.hash.update(add_record(gpas))
+                return
+            for i, gpa in enumerate(gpas.tolist()):
+                td.hash.update(add_record(gpas[i : i + 1]))
+                td.watch("MEM.PAGE.ADD", gpa, td.hash.copy().digest())
 
         _same_length(gfns, pfns)
         _same_length(gfns, sources)
@@ -1458,12 +1466,12 @@ class TdxModule:
             td = batch.td
             assert td.hash is not None
             stamps = self.memory.read(batch.frames(), td.hkid).tolist()
-            stream = []
             for gfn, stamp in zip(array_of(batch.gfns).tolist(), stamps, strict=True):
                 content = self.memory.bytes_of(stamp)
                 for chunk in range(max(gpa, gfn << 12), min(end, gfn + 1 << 12), CHUNK_BYTES):
-                    stream += [extend_record(chunk), content[chunk & 0xFFF : (chunk & 0xFFF) + CHUNK_BYTES]]
-            td.hash.update(b"".join(stream))
+                    td.hash.update(extend_record(chunk) + content[chunk & 0xFFF : (chunk & 0xFFF) + CHUNK_BYTES])
+                    if td.watch is not None:
+                        td.watch("MR.EXTEND", chunk, td.hash.copy().digest())
 
         pages = slice(gpa >> 12, max(gpa >> 12, end - 1 >> 12) + 1, 1)
         if gpa % CHUNK_BYTES:

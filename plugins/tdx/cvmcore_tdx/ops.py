@@ -20,6 +20,7 @@ from cvmcore.errors import InputError, UapiError
 from cvmcore.hookspecs import API_VERSION, hookimpl
 from cvmcore.pages import EMPTY, IntArray, Sel, array_of, contiguous, count, part, run
 from cvmcore.types import (
+    PAGE_BYTES,
     PG_LEVEL_1G,
     PG_LEVEL_2M,
     PG_LEVEL_4K,
@@ -399,6 +400,7 @@ class Tdx:
             "KVM_TDX_CAPABILITIES": self._capabilities,
             "KVM_TDX_INIT_VM": self._init_vm,
             "KVM_TDX_INIT_VCPU": self._init_vcpu,
+            "KVM_TDX_EXTEND_MEMORY": self._extend_memory,
             "KVM_TDX_FINALIZE_VM": self._finalize_vm,
         }
         if vm.options["terminate_vm"] == "on":
@@ -442,6 +444,20 @@ class Tdx:
         if vcpu is None or vcpu.arch.init_called:
             raise UapiError(errno.EINVAL, "KVM_TDX_INIT_VCPU", "no such vCPU, or it is initialised already")
         vcpu.arch.init_called = True
+        return {}
+
+    def _extend_memory(self, vm: VmView, arguments: dict[str, Any]) -> Steps[dict[str, Any]]:
+        """KVM_TDX_EXTEND_MEMORY (posted in 2024, not in tree): MR.EXTEND of nr_pages, from gpa on, added before."""
+        state: KvmTdx = vm.arch
+        gpa, nr_pages = arguments.get("gpa", 0), arguments.get("nr_pages", 0)
+        if gpa % PAGE_BYTES or nr_pages <= 0 or state.finalized or not state.initialized:
+            raise UapiError(errno.EINVAL, "KVM_TDX_EXTEND_MEMORY", "the pages are none, or the TD is not being built")
+        n = nr_pages * CHUNKS_PER_PAGE
+        steps = vm.host.hw.tdh_mr_extend.steps(state.tdr, gpa, n)
+        result = yield from seamcall(vm.host.meter, "TDH.MR.EXTEND", "mr_extend_256b", steps, n)
+        if result.status:
+            error = errno.EBUSY if is_busy(result.status) else errno.EIO
+            raise UapiError(error, "KVM_TDX_EXTEND_MEMORY", f"TDH.MR.EXTEND: {describe(result.status)}")
         return {}
 
     def _finalize_vm(self, vm: VmView, arguments: dict[str, Any]) -> Steps[dict[str, Any]]:
@@ -794,6 +810,11 @@ class Tdx:
         """TD memory reads as zeros; a write goes through, and the TD finds a machine check."""
         verdict: HostVerdict = host.hw.host_access(pfns, write)
         return verdict
+
+
+def watch_launch(vm: VmView, tell: Callable[[str, int | None, bytes], None]) -> None:
+    """Have the module tell (type, gpa, digest so far) of all that it measures into the TD."""
+    vm.host.hw.td(vm.arch.tdr).watch = tell
 
 
 def _kinds(words: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
