@@ -177,6 +177,10 @@ class _Stretch:
         self.pfns: Sel = gfns
         self.looked_up = 0
         self.mm_seq = 0
+        self.topped_up = 0
+        """Pages that `topup` was counted for."""
+        self.given_up = False
+        """Whether other stretches have taken the place of this one."""
         self.neighbours = False
         self.fills = False
         """The page is to become part of a large one, with the table that is there."""
@@ -195,6 +199,7 @@ class _Stretch:
             or (yield from self._pin())
             or (yield from self._map())
         )
+        self._recount(fault)
         if self.fills and fault.ret in MAPPED:
             assert self.slot is not None
             yield from fill(self.access, self.slot, first(self.gfns))
@@ -224,6 +229,7 @@ class _Stretch:
         """Start over with other pages or another ceiling; what was topped up goes back."""
         self.access.vcpu.tables.give_back()
         self.fills = False
+        self.given_up = True
         return (yield from _Stretch(self.access, self.slot, gfns, max_level, counted=self.counted).resolve())
 
     def _half(self) -> Steps[Fault]:
@@ -242,6 +248,7 @@ class _Stretch:
         except UapiError as error:
             return (yield from self._half()) if self.asked_for > 1 else Fault(0, RetPf.INVALID, error.errno)
         stopped = yield from vm.host.ops.call("topup", n, vm=vm, vcpu=self.access.vcpu, nr_pages=n)
+        self.topped_up = n if stopped is None else stopped.done + 1
         if stopped is not None:
             fatal = stopped.reason.errno if isinstance(stopped.reason, Fatal) else errno.ENOMEM
             ended = Fault(0, RetPf.INVALID, fatal)
@@ -251,6 +258,14 @@ class _Stretch:
         self.seen = vm.frame.snapshot(self.gfns)
         yield FAULT_SNAPSHOT
         return None
+
+    def _recount(self, fault: Fault) -> None:
+        """The kernel tops up once a fault, and only now is known how many faults it takes: one for each large page."""
+        hook = self.vm.host.ops.hooks.get("topup")
+        if hook is not None and self.topped_up:
+            hook.pages -= self.topped_up
+            if not self.given_up:
+                hook.pages += fault.faults + (fault.ret not in MAPPED)
 
     def _admit(self) -> Fault | None:
         """Access kind against attribute (6), no slot (7), INVALID slot (8), the unlocked check (9)."""

@@ -82,6 +82,17 @@ def test_blocks_are_shared_as_blocks() -> None:
     w.end()
 
 
+def test_caches_are_topped_up_once_a_fault() -> None:
+    """One fault, and one filling of the caches, for each block; one for each page where only pages can be mapped."""
+    for backing, faults in (("2m", 2), ("4k", 2 * BLOCK)):
+        w = World(backing=backing, protected="no")
+        before = w.machine.vcpus[0].vcpu.faults
+        w.guest.write(run(0, 2 * BLOCK))
+
+        assert w.machine.vcpus[0].vcpu.faults - before == faults
+        assert w.host.ops.hooks["topup"].pages == w.machine.vcpus[0].vcpu.faults
+
+
 @pytest.mark.parametrize("n", [1, 100, BLOCK])
 def test_partial_unmap_takes_the_block_back(n: int) -> None:
     """A notifier for part of a block unshares the whole record; the pages that are left fault in again, small where
@@ -192,6 +203,7 @@ def test_memlock_is_charged_page_by_page() -> None:
         w.guest.write(run(0, 32))
 
     assert (w.vm.memlock_pages, w.host.frames.pins_held) == (16, 16)
+    assert w.host.ops.hooks["topup"].pages == 17  # the fault that failed had its caches filled, too
     w.end()
     assert w.vm.memlock_pages == 0
 
