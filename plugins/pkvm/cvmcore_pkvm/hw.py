@@ -988,6 +988,7 @@ class Hyp:
     @hypercall
     def hyp_pin(self, pfn: int, nr: int) -> Steps[Result]:
         """hyp_pin_shared_mem, EL2 itself: map shared pages at EL2 and keep them shared. All of the range or nothing."""
+        self._check_pa(pfn, nr)
 
         def act() -> Result:
             status = self._check_memory(pfn, nr) or self._cannot_pin(run(pfn, nr))
@@ -1012,6 +1013,7 @@ class Hyp:
     @hypercall
     def hyp_unpin(self, pfn: int, nr: int) -> Steps[Result]:
         """hyp_unpin_shared_mem: checks nothing; a page that was not pinned is a bug of EL2 (InvariantViolation)."""
+        self._check_pa(pfn, nr)
         frames = run(pfn, nr)
         return (yield from self._locked((*self._hosts(frames), self.pgd_lock), lambda: self._unpin(frames)))
 
@@ -1770,8 +1772,9 @@ class Hyp:
         if not checks.n:
             return checks.result(work)
         words = self._np_words(stage2, gfns, order)
-        if np.count_nonzero(words) < len(words):
-            at = int(np.argmax(words == 0))
+        absent = (words & LEAF_BITS) <= LEAF_POISON
+        if np.count_nonzero(absent):
+            at = int(np.argmax(absent))
             checks.stop(at, Errno.ENOENT if not self._maps(stage2, first(part(gfns, at, at + 1))) else Errno.E2BIG)
         checks.fail((words & LEAF_BORROWED) == 0, Errno.EPERM)
         move = TRANSITIONS["host_unshare_guest"]
@@ -1827,7 +1830,7 @@ class Hyp:
             checks.stop(0, Errno.EINVAL)
         gfns = stage2.cover(gfns, checks)
         if checks.n:
-            checks.fail(stage2.leaves(gfns) == 0, Errno.EAGAIN)
+            checks.fail((stage2.leaves(gfns) & LEAF_BORROWED) == 0, Errno.EAGAIN)
         gfns, n = checks.cut(gfns), checks.n
         if n:
             self._set_bits(stage2, gfns, int(prot))
@@ -1848,7 +1851,7 @@ class Hyp:
             checks, work = _Checks(count(gfns)), Work()
             named = vm.stage2.cover(gfns, checks)
             if checks.n:
-                named = where(named, vm.stage2.leaves(named) != 0)
+                named = where(named, (vm.stage2.leaves(named) & LEAF_BORROWED) != 0)
                 self._set_bits(vm.stage2, named, LEAF_YOUNG)
                 _add(work, PTE, count(named))
             return checks.result(work)

@@ -280,6 +280,35 @@ def test_force_reclaim_destroys(make_rig: Any) -> None:
     assert hyp.vcpu_in_poison_fault(page.np_cpu, run(GFN, 1)).status == EINVAL
 
 
+POISONED: dict[str, tuple[Errno, Any]] = {
+    "host_donate_guest": (EPERM, lambda p: p.hyp.host_donate_guest(p.cpu, run(OTHER, 1), run(GFN, 1))),
+    "guest_share_host": (EHWPOISON, lambda p: p.hyp.guest_share_host(p.cpu, run(GFN, 1))),
+    "guest_unshare_host": (EHWPOISON, lambda p: p.hyp.guest_unshare_host(p.cpu, run(GFN, 1))),
+    "host_share_guest": (EPERM, lambda p: p.hyp.host_share_guest(p.np_cpu, run(OTHER, 1), run(GFN, 1), 1, Prot.RWX)),
+    "host_unshare_guest": (ENOENT, lambda p: p.hyp.host_unshare_guest(p.np, run(GFN, 1), 1)),
+    "relax_perms": (EAGAIN, lambda p: p.hyp.relax_perms(p.np_cpu, run(GFN, 1), Prot.W)),
+    "mkyoung": (OK, lambda p: p.hyp.mkyoung(p.np_cpu, run(GFN, 1))),
+    "wrprotect": (OK, lambda p: p.hyp.wrprotect(p.np, run(GFN, 1), 1)),
+    "test_clear_young": (OK, lambda p: p.hyp.test_clear_young(p.np, run(GFN, 1), 1, True)),
+}
+
+
+@pytest.mark.parametrize("op", POISONED)
+def test_anything_on_a_poisoned_gfn(make_rig: Any, op: str) -> None:
+    """Of either kind of guest: no host ever poisons an np guest's, so the entry is put there by hand."""
+    page = Page(make_rig(), "poisoned")
+    stage2 = page.rig.vm(page.np).stage2
+    assert page.hyp.host_share_guest(page.np_cpu, run(OTHER, 1), run(GFN + 1, 1), 1, Prot.RWX).ok
+    assert page.hyp.host_unshare_guest(page.np, run(GFN + 1, 1), 1).ok
+    stage2.pages[GFN] = LEAF_POISON
+    status, call = POISONED[op]
+
+    assert call(page).status == status
+
+    for handle in (page.pvm, page.np):
+        assert page.rig.vm(handle).stage2.pages[GFN] == LEAF_POISON
+
+
 def test_force_reclaim_of_a_leaked_page(make_rig: Any) -> None:
     """A page that nobody reclaimed before its VM was finalised is out of reach for good, whoever gets its slot."""
     page = Page(make_rig(), "private")
@@ -314,8 +343,9 @@ def test_ranges_are_all_or_nothing(make_rig: Any, op: str, undo: str) -> None:
     assert getattr(hyp, op)(890, 8).status == EINVAL  # leaves its region
     assert getattr(hyp, op)(BEYOND_PA - 4, 8).status == EINVAL
     assert rig.snapshot() == before
-    with pytest.raises(ValueError, match="at least one page"):
-        getattr(hyp, op)(10, 0)
+    for name in (op, undo, "hyp_pin", "hyp_unpin"):
+        with pytest.raises(ValueError, match="at least one page"):
+            getattr(hyp, name)(10, 0)
 
     assert getattr(hyp, op)(20, 8).done == 8
     assert getattr(hyp, undo)(19, 4).status == EPERM
