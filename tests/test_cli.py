@@ -16,6 +16,7 @@ import pytest
 
 from cvmcore import __version__, cli
 from cvmcore.backend import GROUP
+from cvmcore.cli import COMMANDS
 from cvmcore.cli.arguments import parse_size
 from cvmcore.cli.output import say
 from cvmcore.hookspecs import HOOKS
@@ -421,6 +422,13 @@ def test_output_that_cannot_be_written_is_one_sentence(arguments: str) -> None:
 
     assert done.returncode == 2
     assert re.fullmatch(r"cvm: standard output: cannot be written: [^\n]+\n", done.stderr)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_says_what_the_command_says(name: str, cvm: Cvm) -> None:
+    code, out, _ = cvm(name, "--help")
+
+    assert code == 0 and COMMANDS[name][1] in " ".join(out.split())
 
 
 def test_the_list_of_commands_cuts_no_sentence(cvm: Cvm) -> None:
