@@ -52,6 +52,8 @@ from cvmcore.types import (
 from cvmcore.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, Process, VcpuFd, VmFd
 from cvmcore.vcpu import Accept, Action, Convert, Touch
 
+_EAGER = 1 << 15
+"""Pages that a guest accepts at once where it accepts eagerly."""
 _STEP = 0x1E35_A7BD
 _MASK = 0x3FFF_FFFF
 _MARK = 0x4000_0000
@@ -293,10 +295,15 @@ class Machine:
         return self.vm.create_guest_memfd(size_bytes)
 
     def launch(self, contents: list[bytes] | None = None, gpa: int = 0, kind: str = "normal") -> None:
-        """Load an image and finish the launch."""
+        """Load an image and finish the launch; a guest that accepts eagerly then takes all of its memory, each slice on
+        the next vCPU."""
         if contents:
             self.load(contents, gpa, kind)
         self.vm.launch_finish()
+        caps = self.vm.vm.caps
+        if caps.needs_accept and caps.accepts_eagerly:
+            for turn, low in enumerate(range(0, self.end_gfn, _EAGER)):
+                self.guest.accept_new(slice(low, min(low + _EAGER, self.end_gfn), 1), turn % len(self.vcpus))
 
     def load(self, contents: list[bytes], gpa: int = 0, kind: str = "normal") -> None:
         """Load image pages. The guest finds them accepted; what stands in them is the image's, not the guest's own."""

@@ -311,6 +311,8 @@ class Capabilities:
     """Frames behind guest pages are pinned for the long term by the backend's pin_pfn."""
     needs_accept: bool = False
     """The guest must accept (validate) a private page before it can use it."""
+    accepts_eagerly: bool = False
+    """Guests accept all of their memory when they start, not each page before they first use it."""
     fault_tells_accept_level: bool = False
     """A fault raised by an accept tells the host the size that the guest accepts; it maps no larger then."""
     unaccepted_is_fatal: bool = False

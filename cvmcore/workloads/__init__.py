@@ -135,6 +135,12 @@ class Context:
             yield slice(low, min(low + SLICE, stop), 1)
             self.progress(min(low + SLICE, stop) - start, stop - start, text)
 
+    def recover(self) -> None:
+        """A pass of the recovery thread, where the policy `merge` has one."""
+        vm = self.machine.vm.vm
+        if vm.merge.has_thread:
+            vm.recover_huge_pages()
+
     def populate(self, start: int, stop: int, private: bool = True) -> None:
         """The guest writes gfns [start, stop) in order."""
         for gfns in self.in_order(start, stop, "populate"):

@@ -20,7 +20,10 @@ def run(context: Context) -> None:
     for turn in range(turns):
         start = turn % nr_buffers * nr_pages
         _share_and_take_back(context, slice(start, start + nr_pages, 1))
+        context.recover()
         context.progress(turn + 1, turns, "convert buffers")
+    if context.machine.host.policies["merge"] != "none":
+        context.figures["large pages after, %"] = context.large_percent()
 
 
 def _share_and_take_back(context: Context, gfns: slice) -> None:

@@ -11,6 +11,7 @@ CHARGES: Final = frozenset(
     {
         "accept_2m",
         "accept_4k",
+        "clflush_4k",  # the host's lines of a page are flushed before it becomes the TD's
         "cache_wb",  # PHYMEM.CACHE.WB on one package
         "external_update",
         "fault_fixed",

@@ -168,6 +168,7 @@ class Tdx:
             has_mirror=True,
             zap_destroys_content=True,
             needs_accept=True,
+            accepts_eagerly=options["accept"] == "eager",
             fault_tells_accept_level=True,
             unaccepted_is_fatal=True,
             dirty_logging=False,
@@ -560,6 +561,9 @@ class Tdx:
         else:
             vm.bug("a private page is mapped before the TD is finalised, and not by its launch")
             return Stopped(0, Fatal(errno.EIO, "no page to add"))
+        # tdx_clflush_page: each 4K of a page, whatever its size, before the module gets it.
+        flushed = result.done + bool(result.status)
+        meter.charge("clflush_4k", flushed << 9 * (batch.level - 1))
         return self._installed(vm, name, result)
 
     def _installed(self, vm: VmView, name: str, result: Result) -> InstallResult:

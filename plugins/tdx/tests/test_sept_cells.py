@@ -177,6 +177,42 @@ def test_cell_while_the_td_runs(world: Any, leaf: str, state: SeptState, level: 
         assert world.snapshot() == before
 
 
+GIANT = [
+    (leaf, state)
+    for leaf, (levels, _) in CELLS.items() if 2 in levels
+    for state in LEAVES
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("runs", [False, True], ids=["build", "running"])
+@pytest.mark.parametrize(("leaf", "state"), GIANT, ids=lambda v: getattr(v, "name", str(v)))
+def test_cell_of_a_1g_page(new_world: Any, leaf: str, state: SeptState, runs: bool) -> None:
+    """The same for a leaf of 1G, on a machine that has room for one."""
+    world = new_world(nr_frames=1 << 19)
+    world.init()
+    world.vcpu()
+    world.tables(GFN, 3)
+    world.plant(2, GFN, state, 0)
+    world.td.op_state = OpState.RUNNABLE if runs else world.td.op_state
+    m, tdr, page = world.module, world.tdr, run(GFN, 1)
+    free = run(world.control(), 1)
+
+    match leaf:
+        case "sept_add":
+            result = m.tdh_mem_sept_add(tdr, 2, page, free)
+        case "page_demote":
+            result = m.tdh_mem_page_demote(tdr, 2, page, free)
+        case _:
+            result = getattr(m, f"tdh_mem_{leaf}")(tdr, 2, page)
+
+    after = CELLS[leaf][1].get(state)
+    expected = 0 if after is not None else refusal(leaf, state)
+    if after is not None and runs and leaf in NEEDS_BLOCK and state not in BLOCKED and state not in NEVER_TRACKED:
+        expected = Status.TDX_GPA_RANGE_NOT_BLOCKED | Operand.RCX
+    assert describe(result.status) == describe(expected)
+    assert world.entry(2, GFN)[0] is (state if expected or after is None else after)
+
+
 def test_every_leaf_is_covered() -> None:
     """The cells above are the module's leaves on guest memory, all of them."""
     names = {leaf.name.removeprefix("TDH.").removeprefix("MEM.").replace(".", "_").lower() for leaf in MEM_LEAVES}
