@@ -276,3 +276,45 @@ def test_the_check_sees_what_is_wrong(make_rig: Any, break_it: Any) -> None:
 
     with pytest.raises(InvariantViolation):
         rig.hyp.check_legal()
+
+
+def calls_of_a_guest(rig: Any, cpu: int, gfns: list[int], batch: int) -> tuple[int, int, int]:
+    """Pages shared, calls made, and the page that ends it (or 0), for a guest that asks for `batch` pages each time."""
+    words = rig.hyp.loaded[cpu].vm.stage2.pages
+    done, calls = 0, 0
+    while done < len(gfns):
+        calls += 1
+        size = 0
+        for i, gfn in enumerate(gfns[done : done + batch]):
+            if i and (gfn != gfns[done + i - 1] + 1 or gfn % 512 == 0):
+                break
+            if gfn >= len(words) or words[gfn] & 31 != 2:  # not this guest's alone
+                return done, calls, done + i
+            if i and words[gfn] >> 5 != (words[gfn - 1] >> 5) + 1:
+                break
+            size += 1
+        done += size
+    return done, calls, 0
+
+
+@SETTINGS
+@given(mapped=st.lists(st.tuples(runs, pages), min_size=1, max_size=4), shared=scattered, gfns=sels,
+       batch=st.sampled_from([1, 2, 3, 7, 16, 512]))  # fmt: skip
+def test_range_calls_equal_a_guests_loop(
+    make_rig: Any, mapped: list[Any], shared: Any, gfns: Any, batch: int
+) -> None:
+    """MEM_SHARE of whatever is there: as many pages and calls as one call after the other, and the same page fails."""
+    rig = make_rig()
+    cpu = rig.cpu(rig.make_vm(protected=True))
+    for named, start in mapped:
+        rig.hyp.host_donate_guest(cpu, frames_for(len(array_of(named)), start, "up"), named)
+    rig.hyp.guest_share_host(cpu, shared)
+    expected = calls_of_a_guest(rig, cpu, array_of(gfns).tolist(), batch)
+    before = rig.hyp.loaded[cpu].vm.stage2.pages.copy()
+
+    result = rig.hyp.mem_share(cpu, gfns, batch)
+
+    assert (result.done, result.calls, result.at) == expected
+    now = rig.hyp.loaded[cpu].vm.stage2.pages[: len(before)]
+    assert np.flatnonzero(now != before).tolist() == array_of(gfns)[: result.done].tolist()
+    rig.hyp.check_legal()
