@@ -3,6 +3,7 @@
 # make bench  what the model itself costs, beside floors        make bench-check   that nothing got slower than recorded
 # make docs   pages of the API, from its docstrings, in build/docs
 # make bench-record    record the ratios that bench-check compares with
+# make check B=tdx    the conformance suite on a backend       make mutants    that the suite catches wrong backends
 # Everything runs in .venv, which `make setup` makes; only Python >= 3.11 with venv and pip is needed.
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ RECORDED := tests/bench.json
 DOCUMENTED := $(addprefix cvmcore.,hookspecs backend types pages effects memory errors cost events observers plugins \
 	guest host uapi workloads runner study hwscript measured sched testing) cvmcore_sev.hw cvmcore_tdx.hw cvmcore_pkvm.hw
 
-.PHONY: setup demo test lint types bench bench-check bench-record docs clean
+.PHONY: setup demo test lint types bench bench-check bench-record docs check mutants clean
 
 setup: $(STAMP)
 
@@ -51,6 +52,13 @@ bench-record: setup
 
 docs: setup
 	$(BIN)/python -m pdoc --output-directory build/docs $(DOCUMENTED)
+
+check: setup
+	$(BIN)/cvm check $(B)
+
+# TENTH=-1: today's tenth of them.
+mutants: setup
+	$(BIN)/python tests/mutants/run.py $(if $(TENTH),--tenth $(TENTH))
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage* build dist

@@ -8,6 +8,7 @@ All of them run the same operations: generators that yield `Effect`s. `Lockdep` 
 from __future__ import annotations
 
 import heapq
+import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -508,8 +509,72 @@ def _run_once(case: Case, path: list[_Choice], most: int | None) -> tuple[bool, 
         case.check([a.error if a.error is not None else a.result for a in actors])
     except Exception as error:
         error.add_note("schedule:\n  " + "\n  ".join(trail))
+        error.schedule = [choice.taken for choice in path[:n]]  # type: ignore[attr-defined]
         raise
     return True, n
+
+
+@attrs.frozen
+class Played:
+    """One schedule that was run: who went at each step (the actor's number), and up to which effect."""
+
+    names: list[str]
+    steps: list[tuple[int, str]]
+    error: Exception | None = None
+
+    @property
+    def schedule(self) -> list[int]:
+        return [actor for actor, _ in self.steps]
+
+
+def play(case: Case, choose: Callable[[int, list[int]], int]) -> Played:
+    """Run one schedule: `choose(step, able)` says which of the actors that can go on goes on. What a check raises is
+    kept in the result."""
+    actors = [Actor(name, steps) for name, steps in case.actors]
+    locks = _Locks(case.host)
+    steps: list[tuple[int, str]] = []
+    error: Exception | None = None
+    resting: set[int] = set()
+    try:
+        for actor in actors:
+            locks.advance(actor)
+        while any(not actor.done for actor in actors):
+            able = [i for i, a in enumerate(actors) if not a.done and not locks.blocked(a)]
+            if not able:
+                waiting = ", ".join(f"{a.name} wants {a.pending}" for a in actors if not a.done)
+                raise InvariantViolation(f"deadlock: {waiting}", number=31)
+            taken = choose(len(steps), [i for i in able if i not in resting] or able)
+            if taken not in able:
+                raise InvariantViolation(f"step {len(steps)}: {actors[taken].name} cannot go on there")
+            resting.discard(taken)
+            _step(locks, actor := actors[taken], set())
+            steps.append((taken, str(actor.pending) if actor.pending else "end"))
+            if actor.pending is not None and actor.pending.name == "fault.retry":
+                resting.add(taken)
+            else:
+                resting.clear()
+            if len(steps) > MAX_STEPS:
+                raise InvariantViolation(f"no end after {MAX_STEPS} steps: a livelock")
+            case.step()
+        case.check([a.error if a.error is not None else a.result for a in actors])
+    except Exception as caught:
+        error = caught
+    return Played([actor.name for actor in actors], steps, error)
+
+
+def replay(case: Case, schedule: Sequence[int]) -> Played:
+    """Run a schedule again; behind its end whoever can go on goes on, the first of them first."""
+    return play(case, lambda step, able: schedule[step] if step < len(schedule) else able[0])
+
+
+def at_random(make: Callable[[], Case], n: int, seed: int = 0) -> Played | None:
+    """n schedules at random: the first that goes wrong, or None."""
+    chance = random.Random(seed)
+    for _ in range(n):
+        played = play(make(), lambda step, able: chance.choice(able))
+        if played.error is not None:
+            return played
+    return None
 
 
 def _next_choice(path: list[_Choice], awake: list[int], resting: dict[int, _Found], most: int | None) -> _Choice:

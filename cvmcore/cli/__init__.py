@@ -37,6 +37,7 @@ COMMANDS = {
     "from-strace": ("kernels", "Turn a VMM's calls, recorded by strace, into a script."),
     "calibrate": ("kernels", "Write a profile with this machine's own prices."),
     "check": ("checking", "Run the conformance suite on a backend."),
+    "explore": ("exploring", "Run a small race in every interleaving."),
     "new-backend": ("newbackend", "Write an installable plugin to start from."),
     "bench": ("measuring", "Measure what the model itself costs."),
 }

@@ -217,7 +217,7 @@ def gmem_slots_fixed(step: Step) -> Wrong | None:
     return None
 
 
-@_row(2, "a file's index is bound to at most one slot, and slot and binding name each other", GMEM, When.ANY)
+@_row(2, "a file's index is bound to at most one slot, and slot and binding name each other", GMEM, When.QUIET)
 def bindings_match(s: State) -> Wrong | None:
     slots = list(s.vm.slots)
     for slot in slots:
@@ -261,9 +261,16 @@ def roots_follow_attributes(s: State) -> Wrong | None:
     )
 
 
+def _of_open_files(s: State) -> Leaves:
+    """The leaves, without those of slots whose file is being released: a slot loses its file before its leaves."""
+    closed = np.array([slot.has_gmem and slot.gmem is None for slot in s.slots] + [False])
+    leaves = s.mapped
+    return leaves.where(~closed[s.slot_of(leaves.gfn)]) if np.count_nonzero(closed) else leaves
+
+
 @_row(5, "a leaf's frame is the file's where private or gmem-only, the VMM's else", UNMIRRORED, When.ANY)
 def private_from_gmem(s: State) -> Wrong | None:
-    leaves = s.mapped
+    leaves = _of_open_files(s)
     gmem_only = np.array([slot.gmem_only for slot in s.slots] + [False])[s.slot_of(leaves.gfn)]
     from_gmem = s.frames.use[leaves.pfn] == Use.GMEM
     wrong = (leaves.private | gmem_only) & ~from_gmem
@@ -516,7 +523,7 @@ def leaves_reach_memory(s: State) -> Wrong | None:
 
 @_row(16, "what a leaf maps is what stands behind its gfn", NOTIFIED, When.ANY)
 def leaves_are_current(s: State) -> Wrong | None:
-    leaves = s.mapped
+    leaves = _of_open_files(s)
     backing = s.backing(leaves.gfn, leaves.private)
     return _first(backing != leaves.pfn, "a leaf maps an old frame", leaves.gfn, leaves.pfn, backing=backing)
 
@@ -1024,6 +1031,8 @@ class Checker:
         self.host = host
         self.concurrent = concurrent
         self.trace = Trace(host)
+        self.resting = False
+        """Whether states are not looked at for now: while a case is set up or taken down again."""
         self.checks = 0
         """How often all invariants of a state were looked at."""
         self._steps: dict[Vm, Step] = {}
@@ -1062,6 +1071,8 @@ class Checker:
     @observes
     def on_quiet(self, vm: Any) -> None:
         """A call ended: look at the VM, and at what changed since the call before."""
+        if self.resting:
+            return
         if self.concurrent:
             self.check(vm, quiet=False)
         elif self._open is None and not vm.destroyed:

@@ -1,0 +1,181 @@
+"""A small VM for cases in which actors race: made in milliseconds, since every schedule begins with a new one."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from cvmcore.backend import Backend
+from cvmcore.cost import Profile
+from cvmcore.effects import Effect, Lock, Steps, point
+from cvmcore.errors import UapiError
+from cvmcore.guest import Machine
+from cvmcore.host import Host
+from cvmcore.mem.fault import resolve
+from cvmcore.mem.gmem import GmemInode
+from cvmcore.pages import Sel, run
+from cvmcore.runner import load_profile_for
+from cvmcore.sched import Case
+from cvmcore.testing.invariants import Checker
+from cvmcore.testing.state import fingerprint
+from cvmcore.types import PAGE_BYTES, RetPf
+from cvmcore.vcpu import RETRY, Accept, Convert, Touch
+from cvmcore.vm import Vm
+
+GFN = 5
+PAGE = run(GFN, 1)
+PAGES = 16
+STAMP = 0x5EED
+
+
+@lru_cache
+def _profile(backend: Backend) -> Profile:
+    return load_profile_for(backend, None)
+
+
+class NoLock(Lock):
+    """A lock that locks nobody out: taking and dropping it are points at which others may run."""
+
+    def __getattr__(self, kind: str) -> Effect:
+        if kind.startswith("__"):
+            raise AttributeError(kind)
+        effect = point(f"{kind} {self.name} (off)")
+        setattr(self, kind, effect)
+        return effect
+
+
+class World:
+    """A host with one small VM and a checker on it; tables stand around GFN, which itself is not mapped."""
+
+    def __init__(
+        self, backend: Backend, *, backing: str = "4k", pages: int = PAGES, options: dict[str, str] | None = None,
+        warm: bool = True, launch: bool = True,
+    ) -> None:  # fmt: skip
+        self.host = Host(
+            backend, _profile(backend), nr_frames=1 << (10 if backing == "4k" else 12), backing=backing, options=options
+        )
+        self.checker = Checker.on(self.host, concurrent=True)
+        self.checker.resting = True
+        self.machine = Machine(self.host, pages * PAGE_BYTES, vcpus=2)
+        self.vm: Vm = self.machine.vm.vm
+        if launch:
+            self.machine.launch()
+        if warm:
+            for vcpu in range(2):
+                self.machine.guest.write(run(GFN + 1 + vcpu, 1), vcpu=vcpu)
+
+    @property
+    def inode(self) -> GmemInode:
+        return self.machine.process.files[self.machine.regions[0].gmem_fd].inode
+
+    @property
+    def mapped(self) -> bool:
+        return self.vm.tdp.root_for(True).level_at(GFN) > 0
+
+    def used_before(self) -> World:
+        """The page has memory and content, and was converted there and back, so that it is not mapped any more."""
+        self.machine.guest.write(PAGE)
+        for private in (False, True):
+            self.machine.set_private(PAGE, private)
+        return self
+
+    # ---- actors -----------------------------------------------------------------------------------------------
+
+    def fault(self, vcpu: int, gfns: Sel = PAGE, private: bool = True, write: bool = True) -> Steps[RetPf]:
+        """The fault path alone, for gfns, until it need not be tried again."""
+        while True:
+            found = yield from resolve(self.vm, self.machine.vcpus[vcpu].vcpu, gfns, write, private)
+            if found.ret is not RetPf.RETRY:
+                return found.ret
+            yield RETRY
+
+    def use(self, vcpu: int, stamp: int = STAMP, gfns: Sel = PAGE) -> Steps[Any]:
+        """A guest accepts the page, where it must, and writes it; returns the exit that stopped it."""
+        if self.vm.caps.needs_accept:
+            leave = yield from self.machine.vcpus[vcpu].run.steps(Accept(gfns))
+            if leave is not None:
+                return leave
+        return (yield from self.machine.vcpus[vcpu].run.steps(Touch(gfns, write=True, stamps=stamp)))
+
+    def touch(self, vcpu: int, gfns: Sel = PAGE, private: bool = True, write: bool = False) -> Steps[Any]:
+        """A guest touches pages; returns the exit that stopped it."""
+        return self.machine.vcpus[vcpu].run.steps(Touch(gfns, write=write, private=private, stamps=STAMP))
+
+    def guest_convert(self, vcpu: int, private: bool, gfns: Sel = PAGE) -> Steps[Any]:
+        """A guest converts pages; its VMM does what it asks."""
+        action = Convert(gfns, private=private)
+        while (leave := (yield from self.machine.vcpus[vcpu].run.steps(action))) is not None:
+            yield from self.machine.handle.steps(leave, self.machine.vcpus[vcpu])
+
+    def attributes(self, private: bool, gfns: Sel = PAGE) -> Steps[None]:
+        """The VMM sets the attributes."""
+        return self.machine.set_private.steps(gfns, private)
+
+    def punch(self, gfns: Sel = PAGE) -> Steps[None]:
+        """The VMM punches a hole."""
+        return self.machine.punch.steps(gfns)
+
+    def discard(self, gfns: Sel = PAGE) -> Steps[None]:
+        """The VMM gives its own memory back."""
+        return self.machine.discard_shared.steps(gfns)
+
+    def delete_slot(self) -> Steps[None]:
+        """The VMM deletes the memslot."""
+        return self._quietly(self.machine.vm.set_user_memory_region2.steps(0, 0, 0, 0))
+
+    def close_file(self) -> Steps[None]:
+        """The VMM closes the guest_memfd."""
+        return self._quietly(self.machine.process.close.steps(self.machine.regions[0].gmem_fd))
+
+    def prefault(self, gfns: Sel = PAGE) -> Steps[Any]:
+        """KVM_PRE_FAULT_MEMORY of the first page."""
+        gpa = GFN * PAGE_BYTES
+        return self._quietly(self.machine.vcpus[0].pre_fault_memory.steps(gpa, PAGE_BYTES))
+
+    @staticmethod
+    def _quietly(steps: Steps[Any]) -> Steps[Any]:
+        """An ioctl whose errno is its result."""
+        try:
+            return (yield from steps)
+        except UapiError as error:
+            return errno.errorcode[error.errno]
+
+    # ---- what comes out ---------------------------------------------------------------------------------------
+
+    def read(self) -> int:
+        """What the guest reads at GFN now, faulting it in again and accepting it where it must."""
+        if self.vm.caps.needs_accept:
+            assert self.machine.vcpus[0].run(Accept(PAGE)) is None
+        action = Touch(PAGE)
+        assert self.machine.vcpus[0].run(action) is None
+        assert action.seen is not None
+        return int(action.seen[0])
+
+    def case(self, actors: dict[str, Steps[Any]], check: Callable[[list[Any]], None] | None = None) -> Case:
+        """The case: invariants at each step, all of them and `check` at the end, and that nothing is left."""
+
+        def at_end(results: list[Any]) -> None:
+            for result in results:
+                if isinstance(result, Exception) and not isinstance(result, UapiError):
+                    raise result
+            if not self.vm.destroyed:
+                self.checker.check(self.vm)
+            if check is not None:
+                check(results)
+                self.checker.check(self.vm)
+            self.checker.resting = True
+            self.machine.destroy()
+            self.checker.check_idle()
+
+        def step() -> None:
+            if not self.vm.destroyed:
+                self.checker.check(self.vm, quiet=False)
+
+        self.checker.resting = False
+        return Case(self.host, list(actors.items()), at_end, step, self.state)
+
+    def state(self) -> int:
+        """A fingerprint of all that actors can see of each other."""
+        return fingerprint(self.host, elements=1 << 10)
