@@ -272,6 +272,8 @@ class Vm:
     def recover_huge_pages(self, nr_tables: int = 1 << 30) -> Steps[int]:
         """One pass of the recovery thread of the policy `merge`, over at most so many tables. Returns with how many it
         did something; 0 where the policy has no thread."""
+        if self.dead or self.destroyed:
+            return 0
         yield self.srcu.read
         done = yield from self.merge.recover(nr_tables)
         yield self.srcu.release

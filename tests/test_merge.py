@@ -367,6 +367,15 @@ def test_every_order_of_recovery_and_others(policy: str, other: str) -> None:
     assert explore(setup, interruptions=2, limit=200).schedules > 3
 
 
+def test_a_dead_vm_is_left_alone() -> None:
+    box = small("scan")
+    box.vm.bug("for this test")
+    box.hw.trace.clear()
+
+    assert box.vm.recover_huge_pages() == 0
+    assert box.hw.trace == []
+
+
 def test_state_is_said() -> None:
     assert (state_of(2), state_of(3)) == ("blocked table", "table")
     with pytest.raises(InputError, match="'sometimes' is none of none, scan, fault, block"):

@@ -294,6 +294,13 @@ def _notes(
 ) -> list[str]:
     options = context.options
     intact = all(ran.intact for ran in measured.values())
+    leaves = []
+    for (scenario, policy), ran in measured.items():
+        more = Counter(ran.seamcalls)
+        more.subtract(measured[scenario, "none"].seamcalls)
+        named = ", ".join(f"{name.removeprefix('TDH.')} {n:+d}" for name, n in sorted(more.items()) if n)
+        if named:
+            leaves.append(f"SEAMCALLs beyond none, {scenario}, {policy}: {named}")
     return [
         f"{options['mem']} MiB, {options['hot']} % of its blocks hot, {options['vcpus']} vCPUs; {options['rounds']} "
         f"rounds of logging or conversions, then {3 * options['ratio']} quiet ones; in each the guest writes {TOUCHED} "
@@ -308,6 +315,7 @@ def _notes(
         "wasted: merged, and split again, or the end of the run, before the guest used the block once",
         "merging needs the frames in place: memory that the VMM gives back on conversion comes back on other frames, "
         "and then no option merges; here it keeps them",
+        *leaves,
         "content of every page was " + ("intact in every case" if intact else "LOST in some case"),
     ]  # fmt: skip
 
@@ -533,6 +541,7 @@ def draw_walks(findings: Findings, figure: Any) -> None:
         names = [row["workload"] + (f", {row['vcpus']} vCPUs" if row["even"] is None and row["reads"] is None else "")
                  for row in rows]  # fmt: skip
     axis.set_xticks(range(len(names)), names, fontsize=7)
+    axis.set_yscale("log")
     axis.set_title("time of a fault, us", fontsize=9)
     axis.legend(fontsize=8)
     figure.tight_layout()
