@@ -153,8 +153,13 @@ def test_random_histories_stay_legal(make_rig: Any, history: list[Any], start: i
     world = World(make_rig)
     hyp, memory = world.rig.hyp, world.rig.memory
     memory.stamp[:NR] = np.arange(1, NR + 1)
-    for op, which, *rest in itertools.chain([("donate", 0, gfns, frames_for(len(array_of(gfns)), start, "up"), True)],
-                                            map(arguments, history)):  # fmt: skip
+    n = len(array_of(gfns))
+    frames = frames_for(n, start, "up")
+    always: list[Any] = [  # chance alone rarely comes to these one after the other
+        ("donate", 0, gfns, frames, True), ("share", 0, gfns), ("unshare", 0, part(gfns, 0, n // 2 + 1)),
+        ("force", 0, part(frames, 0, 1)),
+    ]  # fmt: skip
+    for op, which, *rest in itertools.chain(always, map(arguments, history)):
         before = memory.stamp.copy()
         private = hyp.frame[:NR] & 0x33 == 0x03
         world.call(op, which, *rest)
