@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from cvmcore import cli
+from cvmcore.cli import running
 from cvmcore.errors import InputError
 from cvmcore.plot import COLOURS, OTHER, Plot, chosen
 from cvmcore.plugins import load_backend
@@ -122,7 +123,7 @@ def test_without_matplotlib(cvm: Cvm, tmp_path: Path, monkeypatch: pytest.Monkey
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(cli, "_run_one", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(running, "run_one", lambda *_: pytest.fail("it ran"))
 
     code, out, err = cvm("compare", "touch", "--mem", "1M", "--plot", str(tmp_path / "out.svg"))
 
