@@ -171,6 +171,16 @@ def test_a_small_page_that_fills_the_table_is_followed_by_a_merge() -> None:
     assert "split" in [entry[0] for entry in box.hw.trace]
 
 
+def test_a_block_that_the_slot_does_not_cover_is_never_filled() -> None:
+    """One page is missing for good: it is behind the slot."""
+    box = Box(ACCEPTING, 512 + 511, backing="2m", policies={"merge": "fault"})
+
+    box.machine.guest.accept(run(512, 511))
+    box.vcpus[0].pre_fault_memory(PAGE * 512, PAGE * 511)
+
+    assert (box.root().leaves[1:3], box.vm.merge.merged, box.vm.merge.refused) == ([511, 0], 0, 0)
+
+
 # ---- block --------------------------------------------------------------------------------------------------------
 
 

@@ -331,11 +331,13 @@ class _Stretch:
         """How many of n small pages to map before a table is full, all in one block; the page that fills it comes
         alone, when the guest has used those before it, and is followed by a merge."""
         n = min(n, _below(self.gfns, (first(self.gfns) | pages_per_level(PG_LEVEL_2M) - 1) + 1))
-        if not self.counted or count(absent_in(self.root, first(self.gfns))) > n:
+        absent, mine = absent_in(self.root, first(self.gfns)), array_of(part(self.gfns, 0, n))
+        if not self.counted or not 0 < count(absent) <= n or not np.isin(array_of(absent), mine).all():
             return n
+        before = int(np.searchsorted(mine, last(absent)))
         self.neighbours = True
-        self.fills = n == 1
-        return max(1, n - 1)
+        self.fills = before == 0
+        return max(1, before)
 
     def _prepare(self) -> Steps[Fault | None]:
         """Every guest_memfd lookup for a private access prepares the frames (kvm_gmem_prepare_folio)."""

@@ -1,0 +1,49 @@
+"""The state machine of the UAPI on a TD of large pages, with a recovery thread and splits among its rules."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import rule, run_state_machine_as_test
+
+from cvmcore.testing.machine import UapiMachine
+from cvmcore_tdx.ops import TDX
+
+
+class Merging(UapiMachine):
+    """Small pages are split, merged and blocked while everything else happens."""
+
+    backend: ClassVar[Any] = TDX
+
+    @rule(nr=st.integers(1, 4))
+    def recover(self, nr: int) -> None:
+        """A pass of the recovery thread, or none where the policy has none."""
+        with self.call("recover"):
+            self.vm.recover_huge_pages(nr)
+
+    @rule(pick=st.integers(0, 3))
+    def split(self, pick: int) -> None:
+        """What logging would do to private pages."""
+        slots = [slot for slot in self.vm.slots if slot.gmem is not None]
+        if slots and not self.vm.dead:
+            with self.call("split"):
+                self.vm.split_private_pages(slots[pick % len(slots)])
+
+
+@pytest.mark.parametrize(("merge", "walker"), [("scan", "mirror"), ("fault", "mirror"), ("block", "mirror"),
+                                               ("block", "external")])  # fmt: skip
+def test_anything_goes(merge: str, walker: str) -> None:
+    """Content is kept, and every invariant holds after each call; nothing is left at the end."""
+
+    class Bound(Merging):
+        host_options: ClassVar[dict[str, Any]] = {
+            "backing": "2m", "options": {"page_aug": "2m"}, "policies": {"merge": merge, "walker": walker},
+        }  # fmt: skip
+
+    run_state_machine_as_test(Bound, settings=settings(
+        max_examples=6, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck),
+        derandomize=True, database=None, print_blob=False, phases=(Phase.explicit, Phase.generate),
+    ))  # fmt: skip
