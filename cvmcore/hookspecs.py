@@ -112,6 +112,14 @@ def vm_move(source: VmView, target: VmView) -> None:
     """
 
 
+@_hook("call", "kvm->lock", "kvm_x86_ops.vm_copy_enc_context_from")
+def vm_copy(source: VmView, target: VmView) -> None:
+    """The target becomes a mirror of the source: it shares its key, and the core keeps the source for as long.
+
+    On error: UapiError; nothing is shared.
+    """
+
+
 @_hook("total", "-", "kvm_x86_ops.vm_pre_destroy")
 def vm_pre_destroy(vm: VmView) -> None:
     """The last reference is gone, page tables still stand: release keys, begin the teardown.

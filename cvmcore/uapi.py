@@ -608,14 +608,25 @@ class VmFd:
     def move_enc_context_from(self, source: VmFd) -> Steps[None]:
         """KVM_ENABLE_CAP(KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM): this VM takes over the source's context, key, pins and
         accounting (intra-host migration). EINVAL where the VM type has none to move."""
-        call = "KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM"
+        yield from self._context_from(source, "KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM", "vm_move")
+
+    @operation
+    @_call("KVM_CAP_VM_COPY_ENC_CONTEXT_FROM")
+    def copy_enc_context_from(self, source: VmFd) -> Steps[None]:
+        """KVM_ENABLE_CAP(KVM_CAP_VM_COPY_ENC_CONTEXT_FROM): this VM becomes a mirror of the source, which stays for as
+        long as this one does. EINVAL where the VM type has nothing to share."""
+        yield from self._context_from(source, "KVM_CAP_VM_COPY_ENC_CONTEXT_FROM", "vm_copy")
+        source.vm.users += 1
+        self.vm.mirrored = source.vm
+
+    def _context_from(self, source: VmFd, call: str, hook: str) -> Steps[None]:
         self._alive(call)
-        if not self.vm.host.ops.has("vm_move"):
-            raise UapiError(errno.EINVAL, call, "this VM type has no context that could move")
+        if not self.vm.host.ops.has(hook):
+            raise UapiError(errno.EINVAL, call, "this VM type has no context of its own")
         locks = [self.vm.lock] if source.vm is self.vm else [self.vm.lock, source.vm.lock]
         for lock in locks:
             yield lock.write
-        yield from self.vm.host.ops.call("vm_move", source=source.vm, target=self.vm)
+        yield from self.vm.host.ops.call(hook, source=source.vm, target=self.vm)
         for lock in reversed(locks):
             yield lock.release
         self.vm.host.ops.quiet(self.vm)

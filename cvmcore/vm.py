@@ -67,6 +67,8 @@ class Vm:
         self.tdp = Tdp(self)
         self.merge = MERGES[host.policies["merge"]](self)
         self.vcpus: list[Vcpu] = []
+        self.mirrored: Vm | None = None
+        """The VM whose context this one shares; it stays for as long."""
         self.gmem_files: list[GmemFile] = []
         self.dead = False
         self.dead_because = ""
@@ -402,6 +404,8 @@ class Vm:
             self.slots.replace(slot, None)
         self.host.vms.remove(self)
         ops.emit("vm", "destroy", vm=self.id)
+        if self.mirrored is not None:
+            yield from self.mirrored.put()
 
     # ---- before the VM runs -----------------------------------------------------------------------------------
 

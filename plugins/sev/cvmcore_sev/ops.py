@@ -124,6 +124,12 @@ class Region:
     pfns: tuple[Sel, ...] = ()
 
 
+FOR_MIRRORS = frozenset({
+    "KVM_SEV_LAUNCH_UPDATE_VMSA", "KVM_SEV_GUEST_STATUS", "KVM_SEV_DBG_DECRYPT", "KVM_SEV_DBG_ENCRYPT",
+})  # fmt: skip
+"""What a mirror may ask (is_cmd_allowed_from_mirror)."""
+
+
 @attrs.define(eq=False)
 class SevVm:
     """One VM's encryption context (kernel: struct kvm_sev_info)."""
@@ -150,6 +156,9 @@ class SevVm:
     """Pages accounted against RLIMIT_MEMLOCK."""
     early_pins: list[Sel] = attrs.field(factory=list)
     """Frames that firmware commands pinned before any vCPU existed."""
+    mirrors: SevVm | None = None
+    """The context that this one shares (enc_context_owner)."""
+    nr_mirrors: int = 0
 
     @property
     def snp(self) -> bool:
@@ -406,6 +415,8 @@ class AmdSev:
         moved: SevVm = source.arch
         if source is target or source.vm_type != target.vm_type or moved is None or old is None:
             raise UapiError(errno.EINVAL, call, "the VMs are the same, or of different types")
+        if moved.mirrors is not None or moved.nr_mirrors:
+            raise UapiError(errno.EINVAL, call, "moving mirrors, and what they mirror, is not modelled")
         if moved.snp or old.started or not moved.started:
             raise UapiError(errno.EINVAL, call, "the source has no context to give, or the target has one already")
         if moved.es and len(source.vcpus) != len(target.vcpus):
@@ -417,10 +428,33 @@ class AmdSev:
         self.asids.used.discard(old.asid)
 
     @hookimpl
+    def vm_copy(self, source: VmView, target: VmView) -> None:
+        """sev_vm_copy_enc_context_from: the target shares ASID and key. No mirrors of mirrors, no vCPUs in the target,
+        and no context that it has begun itself. SNP is refused: its guest context page names one VM."""
+        call = "KVM_CAP_VM_COPY_ENC_CONTEXT_FROM"
+        old: SevVm = target.arch
+        owner: SevVm = source.arch
+        if source is target or source.vm_type != target.vm_type or owner.snp or owner.mirrors is not None:
+            raise UapiError(errno.EINVAL, call, "the source is the VM itself, of another type, SNP, or a mirror")
+        if old.started or old.initialized or old.mirrors is not None or target.vcpus:
+            raise UapiError(errno.EINVAL, call, "the VM has vCPUs, or a context of its own")
+        self.asids.used.discard(old.asid)
+        target.arch = SevVm(
+            target.vm_type, owner.asid, old.demand, initialized=True, handle=owner.handle, policy=owner.policy,
+            vmsa_features=owner.vmsa_features, finished=owner.finished, mirrors=owner,
+        )  # fmt: skip
+        target.key = source.key
+        owner.nr_mirrors += 1
+
+    @hookimpl
     def vm_destroy(self, vm: VmView) -> Steps[None]:
         """sev_vm_destroy: pins, then the guest's context, then the ASID; what the firmware keeps is leaked."""
         arch: SevVm | None = vm.arch
         if arch is None or not arch.asid:
+            return
+        if arch.mirrors is not None:
+            # Nothing of the context is the mirror's own.
+            arch.mirrors.nr_mirrors -= 1
             return
         host = vm.host
         self._wbinvd(host)
@@ -558,11 +592,16 @@ class AmdSev:
 
     # ---- encrypted regions: pinning up front --------------------------------------------------------------------
 
+    def _not_a_mirror(self, arch: SevVm, call: str) -> None:
+        if arch.mirrors is not None:
+            raise UapiError(errno.EINVAL, call, "the VM mirrors another, which has the call")
+
     @hookimpl
     def register_region(self, vm: VmView, hva: int, size_bytes: int) -> None:
         """sev_mem_enc_register_region: account, and unless pages are pinned on demand, pin them all now."""
         call = "KVM_MEMORY_ENCRYPT_REG_REGION"
         arch: SevVm = vm.arch
+        self._not_a_mirror(arch, call)
         if size_bytes <= 0 or hva < 0 or hva + size_bytes >= 1 << 64:
             raise UapiError(errno.EINVAL, call, "the size is 0, or the range wraps")
         nr_pages = ((hva + size_bytes - 1) >> PAGE_SHIFT) - (hva >> PAGE_SHIFT) + 1
@@ -602,6 +641,7 @@ class AmdSev:
         """sev_mem_enc_unregister_region: exactly a registered region; on demand pinning only the account shrinks."""
         call = "KVM_MEMORY_ENCRYPT_UNREG_REGION"
         arch: SevVm = vm.arch
+        self._not_a_mirror(arch, call)
         if arch.demand:
             nr_pages = ((hva + size_bytes - 1) >> PAGE_SHIFT) - (hva >> PAGE_SHIFT) + 1
             nr_pages = min(nr_pages, arch.nr_registered)
@@ -672,6 +712,8 @@ class AmdSev:
         arch: SevVm = vm.arch
         if kind == "vmsa" or kind not in PAGE_TYPES or (not arch.snp and kind != "normal"):
             return Stopped(0, Fatal(errno.EINVAL, f"{arch.vm_type} guests load no '{kind}' pages"))
+        if arch.mirrors is not None:
+            return Stopped(0, Fatal(errno.EINVAL, "the VM mirrors another, which loads the image"))
         try:
             yield from self._start(vm)
         except UapiError as error:
@@ -788,6 +830,7 @@ class AmdSev:
     def launch_finish(self, vm: VmView) -> Steps[None]:
         """All that is left of a launch: start, save areas, measurement, finish."""
         arch: SevVm = vm.arch
+        self._not_a_mirror(arch, "KVM_SEV_LAUNCH_FINISH")
         yield from self._start(vm)
         if arch.snp:
             yield from self._finish_snp(vm, b"", b"")
@@ -1060,6 +1103,8 @@ class AmdSev:
             return {}
         if arch is None or not arch.asid:
             raise UapiError(errno.ENOTTY, command, "the VM is no SEV guest")
+        if command not in FOR_MIRRORS:
+            self._not_a_mirror(arch, command)
         if command not in _COMMANDS:
             raise UapiError(errno.EINVAL, command, "there is no such command")
         types, needed, implementation = _COMMANDS[command]

@@ -1,8 +1,9 @@
-"""Intra-host migration through the UAPI: KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM."""
+"""Intra-host migration and mirrors through the UAPI: KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM, _COPY_ENC_CONTEXT_FROM."""
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -75,3 +76,62 @@ def test_a_vm_type_without_a_context() -> None:
     with pytest.raises(UapiError) as caught:
         a.vm.move_enc_context_from(b.vm)
     assert caught.value.errno == errno.EINVAL
+
+
+# ---- mirrors --------------------------------------------------------------------------------------------------------
+
+
+def refused(call: Callable[[], object]) -> int:
+    with pytest.raises(UapiError) as caught:
+        call()
+    return caught.value.errno
+
+
+@pytest.mark.parametrize("pinning", ["upfront", "demand"])
+def test_a_mirror_reads_what_its_owner_wrote_and_outlives_its_descriptor(pinning: str) -> None:
+    source = machine(pinning)
+    want = source.guest.read(run(0, PAGES))
+    mirror = target_of(source)
+    mirror.copy_enc_context_from(source.vm)
+    vcpu = mirror.create_vcpu()
+
+    touch = Touch(run(0, PAGES), write=False, private=True)
+    assert vcpu.run(touch) is None
+    assert np.array_equal(touch.seen, want)
+    source.vm.close()
+    assert source.vm.vm in source.host.vms  # kvm_get_kvm of the owner
+    mirror.close()
+    source.destroy()
+    assert source.host.vms == [] and source.leftovers() == []
+
+
+def test_what_a_mirror_may_not() -> None:
+    """sev.md 1.2: REG_REGION and UNREG_REGION of a mirror -EINVAL; commands outside its allow-list -EINVAL."""
+    source = machine("upfront")
+    mirror = target_of(source)
+    mirror.copy_enc_context_from(source.vm)
+    hva = source.regions[0].hva
+
+    assert refused(lambda: mirror.register_region(hva, 4096)) == errno.EINVAL
+    assert refused(lambda: mirror.unregister_region(hva, 4096)) == errno.EINVAL
+    assert refused(lambda: mirror.memory_encrypt_op("KVM_SEV_LAUNCH_MEASURE")) == errno.EINVAL
+    assert refused(lambda: mirror.memory_encrypt_op("no such command")) == errno.EINVAL
+    assert refused(mirror.launch_finish) == errno.EINVAL
+    assert "handle" in mirror.memory_encrypt_op("KVM_SEV_GUEST_STATUS")
+
+
+def test_who_cannot_be_a_mirror_or_be_mirrored() -> None:
+    """No mirror of a mirror or of itself, none with vCPUs, none that has begun a launch, none of another type."""
+    source = machine("demand")
+    mirror = target_of(source)
+    mirror.copy_enc_context_from(source.vm)
+    busy, begun, other, third = target_of(source), target_of(source), target_of(source, "sev-es"), target_of(source)
+    busy.create_vcpu()
+    begun.memory_encrypt_op("KVM_SEV_INIT2")
+
+    for target, owner in (
+        (source.vm, source.vm), (third, mirror), (busy, source.vm), (begun, source.vm), (other, source.vm),
+        (mirror, source.vm),
+    ):  # fmt: skip
+        assert refused(lambda target=target, owner=owner: target.copy_enc_context_from(owner)) == errno.EINVAL
+    assert refused(lambda: third.move_enc_context_from(source.vm)) == errno.EINVAL  # it has a mirror
