@@ -32,6 +32,8 @@ import cvmcore.testing.machine  # noqa: E402, F401 - loaded once, before the for
 from cvmcore.testing.conformance import cases, run_check  # noqa: E402
 
 TENTHS = 10
+QUIET = ("-x", "-q", "-p", "no:cacheprovider", "--no-header", "-W", "ignore::pytest.PytestAssertRewriteWarning")
+"""pytest within a process that has loaded the kit already."""
 LATE = ("failure.", "machine", "life.again", "life.many", "hooks.batch")
 """Checks that take longer: after all others, in this order of groups."""
 
@@ -110,7 +112,7 @@ def vendors_tests(cell: Cell) -> tuple[str, str]:
     import pytest
 
     with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()):
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", *(str(ROOT / f) for f in cell.tests)])
+        code = pytest.main([*QUIET, *(str(ROOT / f) for f in cell.tests)])
     failed = [line for line in said.getvalue().splitlines() if line.startswith(("FAILED", "ERROR"))]
     if not code:
         return "", ""
