@@ -78,11 +78,11 @@ TOUCH_4_PAGES: dict[str, list[Row]] = {
         (1, "guest_read_4k", 4, 4),
     ],
     "tdx": [
-        (0, "KVM_RUN: accept", 34, 4),
+        (0, "KVM_RUN: accept", 38, 4),
         (1, "vcpu_enter", 0, 1),
         (1, "guest_accept", 0, 4),
         (1, "vcpu_exit", 0, 1),
-        (1, "resolve", 26, 4),
+        (1, "resolve", 30, 4),
         (2, "gmem_alloc_4k", 4, 4),
         (2, "page_clear_4k", 4, 4),
         (2, "link_private_spt", 1, 1),
@@ -94,8 +94,9 @@ TOUCH_4_PAGES: dict[str, list[Row]] = {
         (2, "link_private_spt", 1, 1),
         (3, "TDH.MEM.SEPT.ADD", 1, 1),
         (2, "external_update", 1, 1),
-        (2, "set_private_spte", 4, 4),
+        (2, "set_private_spte", 8, 4),
         (3, "TDH.MEM.PAGE.AUG", 4, 4),
+        (3, "clflush_4k", 4, 4),
         (2, "external_update", 4, 4),
         (2, "fault_fixed", 4, 4),
         (1, "vm_exit", 4, 4),
@@ -144,7 +145,7 @@ def test_a_tiny_run(tmp_path: Path, backend: str, ending: str) -> None:
     assert rows == [(depth, name, 1000 * us, n) for depth, name, us, n in TOUCH_4_PAGES[backend]]
     hook = next((one for one in found.slices(f"{backend}/vcpu0") if one.name == "set_private_spte"), None)
     assert hook is None or hook.args == {
-        "vm": 0, "n_pages": 4, "level": 1, "gfns": "0x0 to 0x3", "pfns": "0x1 to 0x4", "ns": 4000,
+        "vm": 0, "n_pages": 4, "level": 1, "gfns": "0x0 to 0x3", "pfns": "0x1 to 0x4", "ns": 8000,
     }  # fmt: skip
 
 
