@@ -19,7 +19,7 @@ from cvmcore.backend import Backend
 from cvmcore.backends.swprot import SWPROT
 from cvmcore.cli import main
 from cvmcore.cli.exploring import _schedule, written
-from cvmcore.errors import CvmError, InvariantViolation
+from cvmcore.errors import CvmError, InvariantViolation, UapiError
 from cvmcore.plugins import load_backend
 from cvmcore.sched import Case, explore
 from cvmcore.testing.scenarios import (
@@ -73,7 +73,7 @@ def test_twin_has_the_race(one: Scenario, backend: Backend) -> None:
             explore(lambda: make(backend), interruptions=one.bound)
         again = sched.replay(make(backend), caught.value.schedule)  # type: ignore[attr-defined]
 
-    assert isinstance(caught.value, InvariantViolation | AssertionError), caught.value
+    assert isinstance(caught.value, InvariantViolation | AssertionError | UapiError), caught.value
     assert any(note.startswith("schedule:") for note in caught.value.__notes__)
     assert again.error is not None
     assert str(again.error).partition("\n")[0] == str(caught.value).partition("\n")[0]

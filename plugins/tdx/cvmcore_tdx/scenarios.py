@@ -1,0 +1,76 @@
+"""Races of TDX's own, for `cvm explore`: a large page is split while another vCPU accepts it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from cvmcore.backend import Backend
+from cvmcore.effects import Steps
+from cvmcore.pages import run
+from cvmcore.sched import Case
+from cvmcore.testing.scenarios import Scenario, patched
+from cvmcore.testing.world import World
+from cvmcore.types import PG_LEVEL_2M, Shutdown
+from cvmcore.vcpu import Accept, Touch
+from cvmcore_tdx.ops import Tdx
+
+
+def split_and_accept(backend: Backend) -> Case:
+    """One vCPU accepts a page in 4K that the Secure EPT has in 2M, another accepts the whole block."""
+    world = World(backend, backing="2m", pages=1024, options={"page_aug": "2m"}, warm=False)
+    whole = slice(512, 1024, 512)
+    small, large = run(600, 1), Accept(whole, level=PG_LEVEL_2M)
+
+    def accept_small() -> Steps[Any]:
+        leave = yield from world.machine.vcpus[0].run.steps(Accept(small))
+        if leave is None:
+            leave = yield from world.machine.vcpus[0].run.steps(Touch(small, write=True, stamps=7))
+        return leave
+
+    def check(results: list[Any]) -> None:
+        assert not any(isinstance(result, Shutdown) for result in results), results
+        assert not world.vm.dead, world.vm.dead_because
+        action = Touch(small)
+        assert world.machine.vcpus[1].run(action) is None
+        assert action.seen is not None and int(action.seen[0]) == 7
+
+    world.machine.vcpus[0].run(Accept(run(512, 1), level=1))
+    return world.case({"vcpu0": accept_small(), "vcpu1": world.machine.vcpus[1].run.steps(large)}, check)
+
+
+def touch_and_remove(backend: Backend) -> Case:
+    """A vCPU uses a page while the VMM takes it away: it is inside when the epoch changes."""
+    world = World(backend)
+    world.machine.guest.write(run(5, 1))
+
+    def check(results: list[Any]) -> None:
+        if world.vm.dead:
+            assert isinstance(results[0], Shutdown) and "accepted" in world.vm.dead_because, world.vm.dead_because
+
+    return world.case({"vcpu0": world.touch(0), "vmm": world.attributes(False)}, check)
+
+
+@contextmanager
+def no_tracking() -> Iterator[None]:
+    """BLOCK, REMOVE: no TRACK, nobody is kicked."""
+
+    def nothing(self: Any, vm: Any, n: int) -> Steps[None]:
+        yield from ()
+
+    with patched(Tdx, "_track", nothing):
+        yield
+
+
+SCENARIOS = (
+    Scenario(
+        "tdx-split-accept", "a page is accepted in 4K while another vCPU accepts its 2M block",
+        "BLOCK, TRACK, kick, DEMOTE; SIZE_MISMATCH sends the guest back to 4K", split_and_accept,
+        bound=1, alone=("tdx",),
+    ),
+    Scenario(
+        "tdx-touch-remove", "a vCPU is inside while a page is removed", "BLOCK, TRACK, kick, then REMOVE",
+        touch_and_remove, no_tracking, bound=1, alone=("tdx",),
+    ),
+)  # fmt: skip
