@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,8 @@ import cvmcore.testing.machine  # noqa: E402, F401 - loaded once, before the for
 from cvmcore.testing.conformance import cases, run_check  # noqa: E402
 
 TENTHS = 10
+PATIENCE = 60
+"""Seconds after which a check counts as hanging, and the bug as caught."""
 QUIET = ("-x", "-q", "-p", "no:cacheprovider", "--no-header", "-W", "ignore::pytest.PytestAssertRewriteWarning")
 """pytest within a process that has loaded the kit already."""
 LATE = ("failure.", "machine", "life.again", "life.many", "hooks.batch")
@@ -79,11 +82,18 @@ def kit(name: str, *, effort: int = 1) -> tuple[str, str]:
         backend = load_backend(name)
     except Exception as error:
         return "import", str(error)
+    signal.signal(signal.SIGALRM, _hangs)
     for check, setting in order(backend):
+        signal.alarm(PATIENCE)
         outcome = run_check(check, backend, setting, effort=effort, shrink=False)
+        signal.alarm(0)
         if outcome.status == "failed":
             return f"{check.name} [{setting}]", outcome.why
     return "", ""
+
+
+def _hangs(number: int, frame: Any) -> None:
+    raise TimeoutError("it hangs")
 
 
 def try_bug(bug: Bug) -> Caught:
