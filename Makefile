@@ -58,7 +58,7 @@ check: setup
 
 # TENTH=-1: today's tenth of them.
 mutants: setup
-	$(BIN)/python tests/mutants/run.py $(if $(TENTH),--tenth $(TENTH))
+	$(BIN)/python tests/mutants/run.py $(MUTANTS) $(if $(TENTH),--tenth $(TENTH))
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage* build dist

@@ -183,7 +183,7 @@ BUGS: tuple[Bug, ...] = (
         "struct kvm goes back to the slab while EL2 maps it"),
     Bug("pkvm vCPU still loaded", "pkvm", PKVM, "            if vcpu.created:\n                yield from self._hcall(host, \"__pkvm_vcpu_put\"",
         "            if not vcpu.created:\n                yield from self._hcall(host, \"__pkvm_vcpu_put\"", "vcpu_put for those that never ran"),
-    Bug("pkvm partial donation reported whole", "pkvm", PKVM, "            if not self._fill(vm.host, vcpu, result.need) and len(vcpu.memcache) == before:\n                return Stopped(done, Retry())",
+    Bug("pkvm partial donation reported whole", "pkvm", PKVM, "            if not self._fill(vm.host, loaded, result.need) and len(loaded.memcache) == before:\n                return Stopped(done, Retry())",
         "            if True:\n                return None", "out of table pages in the middle of a batch"),
     Bug("pkvm mapped record of a refused page", "pkvm", PKVM, "kvm.pins[part(rest.gfns, 0, result.done)] = MAPPED", "kvm.pins[rest.gfns] = MAPPED",
         "the whole batch is written down as mapped"),

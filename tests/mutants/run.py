@@ -200,9 +200,10 @@ def main() -> int:
             missed.append(caught.name)
     took = time.perf_counter() - start
     print(f"{len(found) - len(missed)} of {len(found)} wrong backends caught in {took:.0f} s")  # noqa: T201
+    bugs = {bug.name for bug in BUGS}
     for name in missed:
-        print(f"NOT CAUGHT: {name}")  # noqa: T201
-    return 1 if missed else 0
+        print(f"NOT CAUGHT: {name}" + ("" if name in bugs else " (a cell)"))  # noqa: T201
+    return 1 if bugs.intersection(missed) else 0
 
 
 if __name__ == "__main__":
