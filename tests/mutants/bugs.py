@@ -189,7 +189,7 @@ BUGS: tuple[Bug, ...] = (
     Bug("pkvm host sees all", "pkvm", PKVM, "            if result.ok:\n                return HostVerdict.RECLAIMED if reclaimed else HostVerdict.OK\n",
         "            return HostVerdict.OK\n", "the abort handler maps whatever is asked for"),
     Bug("pkvm read-only memory writable", "pkvm", PKVM, "Prot.R | Prot.X if batch.slot.flags & KVM_MEM_READONLY else Prot.RWX", "Prot.R | Prot.X", "write rights forgotten"),
-    Bug("pkvm TLBI missed after write protection", "pkvm", PKVM, "        vm.arch.stale_tlbs = True\n", "        pass\n", "nobody remembers to flush", ("plugins/pkvm/tests/test_ops.py",)),
+    Bug("pkvm TLBI missed after write protection", "pkvm", PKVM, "        vm.arch.stale_tlbs = True\n", "        pass\n", "nobody remembers to flush", ("plugins/pkvm/tests/test_machine.py",)),
     Bug("pkvm write protection forgotten", "pkvm", PKVM, '        result = yield from self._hcall(vm.host, "__pkvm_host_wrprotect_guest", steps, len(batch))\n',
         '        result = yield from self._hcall(vm.host, "__pkvm_host_wrprotect_guest", vm.host.hw.wrprotect.steps(vm.arch.handle, part(batch.gfns, 0, 1), pages_per_level(batch.level)))\n',
         "only the first page of a range is protected"),
