@@ -19,7 +19,7 @@ from cvmcore.memory import SCRAMBLED, Memory
 from cvmcore.pages import array_of, count, run
 from cvmcore.types import PG_LEVEL_2M, PG_LEVEL_4K
 from cvmcore_sev.errors import PageState, PageType, RmpStatus, SevStatus
-from cvmcore_sev.hw import NR_VMPLS, PERM_ALL, Answer, Command, Progress, SevHardware
+from cvmcore_sev.hw import Answer, Command, Progress, SevHardware
 
 P = ParamSpec("P")
 Told: TypeAlias = dict[str, Any]
@@ -151,9 +151,9 @@ class Console:
     def rmpread(self, pfn: int, nr: int = 1) -> Told:
         """RMPREAD: what the host may know of an entry."""
         pfns = _run(pfn, nr)
-        covered = pfns.stop <= self.rmp.covered
-        status = RmpStatus.OK if covered else RmpStatus.FAIL_INPUT
-        used = [bool(status) for status in self.rmp.hpage_region_status(pfns)[:SHOWN]]
+        beyond = array_of(pfns) >= self.rmp.covered
+        status = np.where(beyond, RmpStatus.FAIL_INPUT, RmpStatus.OK).astype(np.uint8)
+        used = [bool(used) for used in self.rmp.hpage_region_status(pfns)[:SHOWN]]
         return self._answers(status, pfns, hpage_region_status=used)
 
     # ---- instructions of a guest ----------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ class Console:
         level = _level(size)
         pfns = _run(pfn, nr, level)
         answer = self.rmp.pvalidate(
-            pfns, _run(gfn, nr, level), asid=asid, validate=validate, level=level, vmpl=self._vmpl(vmpl)
+            pfns, _run(gfn, nr, level), asid=asid, validate=validate, level=level, vmpl=vmpl
         )
         return self._answers(answer, pfns)
 
@@ -177,12 +177,10 @@ class Console:
     ) -> Told:  # fmt: skip
         """RMPADJUST by a guest: what a lower VMPL may do with a page (1 read, 2 write, 4 and 8 execute), and VMSAs."""
         level = _level(size)
-        if not 0 <= perms <= PERM_ALL or target_vmpl < 0:
-            raise ValueError(f"perms has 5 bits and target_vmpl is a number: {perms}, {target_vmpl}")
         pfns = _run(pfn, nr, level)
         answer = self.rmp.rmpadjust(
             pfns, _run(gfn, nr, level), asid=asid, target_vmpl=target_vmpl, perms=perms, vmsa=vmsa, level=level,
-            vmpl=self._vmpl(vmpl),
+            vmpl=vmpl,
         )  # fmt: skip
         return self._answers(answer, pfns)
 
@@ -193,12 +191,6 @@ class Console:
         codes, perms, levels = self.rmp.rmpquery(pfns, _run(gfn, nr), asid=asid, target_vmpl=target_vmpl)
         sizes = [{0: "", **{v: k for k, v in SIZES.items()}}[int(level)] for level in levels[:SHOWN]]
         return self._answers(codes, pfns, perms=perms[:SHOWN].tolist(), sizes=sizes)
-
-    @staticmethod
-    def _vmpl(vmpl: int) -> int:
-        if not 0 <= vmpl < NR_VMPLS:
-            raise ValueError(f"there is no VMPL {vmpl}")
-        return vmpl
 
     # ---- accesses -------------------------------------------------------------------------------------------------
 
@@ -223,7 +215,7 @@ class Console:
             raise ValueError(f"access '{access}' is none of read, write, user_exec, supervisor_exec")
         pfns = _run(pfn, nr)
         answer = self.rmp.check_private(
-            pfns, _run(gfn, nr), asid=asid, level=_level(size), vmpl=self._vmpl(vmpl), access=access
+            pfns, _run(gfn, nr), asid=asid, level=_level(size), vmpl=vmpl, access=access
         )
         return self._answers(answer, pfns)
 

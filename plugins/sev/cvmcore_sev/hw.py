@@ -224,6 +224,13 @@ def _levels(entries: _Entries) -> Codes:
     return levels
 
 
+def _held(words: Word) -> Mask:
+    """Entries that are locked or HV-Fixed: as a region's base they forbid 4K RMPUPDATEs of its other pages."""
+    held: Mask = (words & np.uint16(LOCKED)) != 0
+    held |= (words & np.uint16(IMMUTABLE | ASSIGNED)) == IMMUTABLE
+    return held
+
+
 def _u32(gfns: Sel | int) -> npt.NDArray[np.uint32] | np.uint32 | None:
     """gfns as the RMP stores them; None where one is too large for 32 bits."""
     if isinstance(gfns, int):
@@ -241,6 +248,12 @@ def _pages(gfns: Sel | int, n: int) -> npt.NDArray[np.int64]:
 
 def _part(gfns: Sel | int, start: int, stop: int) -> Sel | int:
     return gfns if isinstance(gfns, int) else part(gfns, start, stop)
+
+
+def _guest(asid: int, vmpl: int = 0) -> None:
+    """A guest has an ASID above 0 and runs at a VMPL: anything else would name another field of an entry."""
+    if not 0 < asid < NR_ASIDS or not 0 <= vmpl < NR_VMPLS:
+        raise ValueError(f"no guest has ASID {asid} and runs at VMPL {vmpl}")
 
 
 class Rmp:
@@ -440,11 +453,9 @@ class Rmp:
             facts["not covered"] = ~whole
             facts["2M over pages that are not free"] = ~inside & (np.count_nonzero(regions, axis=1) != 0)
         else:
-            held = (base & np.uint16(LOCKED)) != 0
-            held |= (base & np.uint16(IMMUTABLE | ASSIGNED)) == IMMUTABLE
             facts["not covered"] = pages >= self.covered
             facts["4K inside an assigned 2M page"] = inside
-            facts["4K unassigned, region base held by firmware"] = free & held
+            facts["4K unassigned, region base held by firmware"] = free & _held(base)
         return first_code(RMPUPDATE_CHECKS, facts, len(pages))
 
     def _kept(self, old: Word, pages: npt.NDArray[np.int64], gfns: npt.NDArray[np.int64], word: int) -> Mask:
@@ -576,6 +587,7 @@ class Rmp:
         table gives for them. stop_at: the guest goes on behind no page with such a status; later ones are NOT_REACHED.
         Several 2M pages in a row that are 4K pages in the RMP are still answered, for the guest to go on in 4K.
         """
+        _guest(asid, vmpl)
         size = SIZE_2M if level == PG_LEVEL_2M else 0
         was = ASSIGNED | asid | size | (0 if validate else VALIDATED)
         aligned = not size or (isinstance(gfns, slice) and not gfns.start % PAGES_2M and gfns.step == PAGES_2M)
@@ -604,6 +616,9 @@ class Rmp:
         vmpl: int = 0,
     ) -> Answer:
         """RMPADJUST by a guest at `vmpl`, page by page: permissions of a lower VMPL, and from VMPL0 the vmsa bit."""
+        _guest(asid, vmpl)
+        if not 0 <= perms <= PERM_ALL or target_vmpl < 0:
+            raise ValueError(f"permissions have 5 bits and a VMPL is a number: {perms}, {target_vmpl}")
         entries = self._entries(pfns)
         own = self._perms_of(entries.index)[:, vmpl]
         facts = self._operand(entries, gfns, asid, level)
@@ -623,8 +638,7 @@ class Rmp:
 
     def rmpquery(self, pfns: Sel, gfns: Sel, *, asid: int, target_vmpl: int) -> tuple[Codes, Codes, Codes]:
         """RMPQUERY by a guest: status, permissions of `target_vmpl` and level of each page (0 where refused)."""
-        if not 0 <= target_vmpl < NR_VMPLS:
-            raise ValueError(f"there is no VMPL {target_vmpl}")
+        _guest(asid, target_vmpl)
         entries = self._entries(pfns)
         facts = self._ownership(entries, gfns, asid)
         facts["not validated"] = ~entries.has(VALIDATED)
@@ -666,6 +680,7 @@ class Rmp:
 
         access: "read", "write", "user_exec" or "supervisor_exec".
         """
+        _guest(asid, vmpl)
         good = ASSIGNED | VALIDATED | asid
         if vmpl == 0:
             if level == PG_LEVEL_4K:
@@ -686,6 +701,7 @@ class Rmp:
 
     def vmrun(self, pfn: int, gfn: int, asid: int) -> RmpStatus:
         """VMRUN's check of a VMSA page; on OK the page is in use until `vmexit`."""
+        _guest(asid)
         entries = self._entries(run(pfn, 1))
         facts = self._ownership(entries, run(gfn, 1), asid)
         facts["vmsa is 0"] = ~entries.has(VMSA)
@@ -699,25 +715,28 @@ class Rmp:
         self.unlock(run(pfn, 1))
 
     def lock(self, pfns: Sel) -> None:
-        """A CPU or the firmware holds the entries."""
-        self._held_bases += int(np.count_nonzero(array_of(pfns) & (PAGES_2M - 1) == 0))
-        self.word[pfns] |= np.uint16(LOCKED)
+        """A CPU or the firmware holds the entries that rule over these pages."""
+        index = self._entries(pfns).index
+        self._hold(index, self.word.take(index) | np.uint16(LOCKED))
 
     def unlock(self, pfns: Sel) -> None:
-        """The entries, locked before, are free again."""
-        self._held_bases -= int(np.count_nonzero(array_of(pfns) & (PAGES_2M - 1) == 0))
-        self.word[pfns] &= np.uint16(0xFFFF & ~LOCKED)
+        """The entries are free again."""
+        index = self._entries(pfns).index
+        self._hold(index, self.word.take(index) & np.uint16(0xFFFF & ~LOCKED))
+
+    def _hold(self, index: npt.NDArray[np.int64], words: Word) -> None:
+        """Store words of entries inside the table, and keep count of the bases that are held."""
+        covered = index < self.covered
+        index, words = index[covered], words[covered]
+        at_base = index & (PAGES_2M - 1) == 0
+        for some, sign in ((self.word.take(index), -1), (words, 1)):
+            self._held_bases += sign * int(np.count_nonzero(at_base & _held(some)))
+        self.word[index] = words
 
     def firmware_write(self, pfns: Sel, *, set_bits: int = 0, clear_bits: int = 0) -> None:
         """The firmware rewrites its bits of 4K or 2M entries (pfns: their first frames); nobody else can."""
         pages = array_of(pfns)
-        old = self.word.take(pages)
-        new = (old & np.uint16(0xFFFF & ~clear_bits)) | np.uint16(set_bits)
-        at_base = pages & (PAGES_2M - 1) == 0
-        for words, sign in ((old, -1), (new, 1)):
-            fixed = at_base & ((words & np.uint16(ASSIGNED | IMMUTABLE)) == IMMUTABLE)
-            self._held_bases += sign * int(np.count_nonzero(fixed))
-        self.word[pages] = new
+        self._hold(pages, (self.word.take(pages) & np.uint16(0xFFFF & ~clear_bits)) | np.uint16(set_bits))
 
     def unsmash(self, pages: npt.NDArray[np.int64]) -> None:
         """The firmware folds 512 4K entries into the 2M entry at each base (PAGE_UNSMASH checked them)."""
@@ -1063,15 +1082,10 @@ class Psp:
             return guest
         if name == "LAUNCH_UPDATE_VMSA" and not guest.es:
             return SevStatus.UNSUPPORTED
-        if not guest.asid:
-            return SevStatus.INACTIVE
-        if paddr % 16 or paddr + length > self.memory.nr_frames * PAGE_BYTES:
-            return SevStatus.INVALID_ADDRESS
-        if not length or length % 16:
-            return SevStatus.INVALID_LENGTH
+        status = self._reach(guest, paddr, length)
+        if status:
+            return status
         pfns = _touched(paddr, length)
-        if self.rmp.nr_assigned and self._guest_owned(pfns):
-            return SevStatus.INVALID_PAGE_STATE
         guest.digest.update(self._bytes(pfns)[paddr % PAGE_BYTES :][:length])
         if self.watch:
             self.watch("vmsa" if name == "LAUNCH_UPDATE_VMSA" else "data", None, guest.digest.digest())
@@ -1114,15 +1128,15 @@ class Psp:
         known = self.guests.get(handle)
         if known is None:
             return SevStatus.INVALID_GUEST
-        if paddr % 16 or paddr + len(secret) > self.memory.nr_frames * PAGE_BYTES:
-            return SevStatus.INVALID_ADDRESS
-        if not secret or len(secret) % 16:
-            return SevStatus.INVALID_LENGTH
+        status = self._span(paddr, len(secret))
+        if status:
+            return status
         guest = self._sev(handle, "LAUNCH_SECRET")
         if isinstance(guest, SevStatus):
             return guest
-        if not guest.asid:
-            return SevStatus.INACTIVE
+        status = self._reach(guest, paddr, len(secret))
+        if status:
+            return status
         self._put(guest, paddr, secret)
         return SevStatus.SUCCESS
 
@@ -1163,7 +1177,7 @@ class Psp:
     def send_update_data(self, handle: int, paddr: int, length: int) -> tuple[SevStatus, bytes, bytes]:
         """SEND_UPDATE_DATA: (status, header, data) of guest memory, encrypted for transport."""
         guest = self._sev(handle, "SEND_UPDATE_DATA")
-        status = guest if isinstance(guest, SevStatus) else self._span(guest, paddr, length)
+        status = guest if isinstance(guest, SevStatus) else self._reach(guest, paddr, length)
         if isinstance(guest, SevStatus) or status:
             return status, b"", b""
         plain = self._bytes(_touched(paddr, length), guest.asid)[paddr % PAGE_BYTES :][:length]
@@ -1196,7 +1210,7 @@ class Psp:
     def receive_update_data(self, handle: int, paddr: int, header: bytes, data: bytes) -> SevStatus:
         """RECEIVE_UPDATE_DATA: data into guest memory. BAD_MEASUREMENT where it is not as it was sent."""
         guest = self._sev(handle, "RECEIVE_UPDATE_DATA")
-        status = guest if isinstance(guest, SevStatus) else self._span(guest, paddr, len(data))
+        status = guest if isinstance(guest, SevStatus) else self._reach(guest, paddr, len(data))
         if isinstance(guest, SevStatus) or status:
             return status
         plain = received(guest.session, header, data)
@@ -1213,12 +1227,18 @@ class Psp:
             self.asids[self.guests[handle].asid] = AsidState.IN_USE
         return status
 
-    def _span(self, guest: SevGuest, paddr: int, length: int) -> SevStatus:
-        if not guest.asid:
-            return SevStatus.INACTIVE
-        if paddr % 16 or paddr + length > self.memory.nr_frames * PAGE_BYTES:
+    def _span(self, paddr: int, length: int) -> SevStatus:
+        """Whether an operand [paddr, paddr + length) is well formed."""
+        if paddr % 16 or not 0 <= paddr < self.memory.nr_frames * PAGE_BYTES - max(length - 1, 0):
             return SevStatus.INVALID_ADDRESS
-        return SevStatus.INVALID_LENGTH if not length or length % 16 else SevStatus.SUCCESS
+        return SevStatus.INVALID_LENGTH if length <= 0 or length % 16 else SevStatus.SUCCESS
+
+    def _reach(self, guest: SevGuest, paddr: int, length: int) -> SevStatus:
+        """Whether the guest's key may be used on an operand: no page of an SNP guest, or of the firmware's own."""
+        status = SevStatus.INACTIVE if not guest.asid else self._span(paddr, length)
+        if not status and self.rmp.nr_assigned and self._guest_owned(_touched(paddr, length)):
+            return SevStatus.INVALID_PAGE_STATE
+        return status
 
     def _goes(self, handle: int, name: str) -> SevStatus:
         guest = self._sev(handle, name)

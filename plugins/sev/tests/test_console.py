@@ -107,9 +107,12 @@ def test_an_sev_launch(ops):
         ("rmpupdate", {"pfn": 1, "nr": 0}, "1 to 8192 pages"),
         ("rmpupdate", {"pfn": 1, "asid": 5000}, "no asid 5000"),
         ("rmpupdate", {"pfn": 1, "size": "1g"}, "neither 4k nor 2m"),
-        ("pvalidate", {"pfn": 1, "gfn": 1, "asid": 1, "vmpl": 4}, "no VMPL 4"),
-        ("rmpadjust", {"pfn": 1, "gfn": 1, "asid": 1, "target_vmpl": 1, "perms": 99}, "perms has 5 bits"),
-        ("rmpquery", {"pfn": 1, "gfn": 1, "asid": 1, "target_vmpl": 9}, "no VMPL 9"),
+        ("pvalidate", {"pfn": 1, "gfn": 1, "asid": 1, "vmpl": 4}, "at VMPL 4"),
+        ("rmpadjust", {"pfn": 1, "gfn": 1, "asid": 1, "target_vmpl": 1, "perms": 99}, "permissions have 5 bits"),
+        ("pvalidate", {"pfn": 1, "gfn": 1, "asid": 0}, "no guest has ASID 0"),
+        ("private_access", {"pfn": 1, "gfn": 1, "asid": 1024}, "no guest has ASID 1024"),
+        ("vmrun", {"pfn": 1, "gfn": 1, "asid": 5000}, "no guest has ASID 5000"),
+        ("rmpquery", {"pfn": 1, "gfn": 1, "asid": 1, "target_vmpl": 9}, "at VMPL 9"),
         ("private_access", {"pfn": 1, "gfn": 1, "asid": 1, "access": "x"}, "access 'x'"),
         ("write", {"pfn": 9999, "hex": ""}, "no frame 9999"),
         ("write", {"pfn": 1, "hex": "zz"}, "not hexadecimal"),
@@ -128,6 +131,7 @@ def test_what_nobody_could_ask_for_is_refused(ops, name, arguments, why):
 def test_frames_past_the_table_are_answered_as_the_hardware_does(ops):
     assert ops["rmpupdate"](9000, asid=1)["status"] == "FAIL_INPUT"
     assert ops["rmpread"](9000)["status"] == "FAIL_INPUT"
+    assert ops["rmpread"](8191, nr=2)["answers"] == ["OK", "FAIL_INPUT"]
     assert ops["psmash"](9000)["status"] == "FAIL_INPUT"
     assert ops["pvalidate"](9000, 1, 1)["status"] == "NPF_RMP"
     assert ops["host_access"](9000, write=True)["status"] == "OK"

@@ -7,7 +7,7 @@ import struct
 
 import numpy as np
 import pytest
-from sev_helpers import hardware, make, snapshot
+from sev_helpers import NR_FRAMES, hardware, make, snapshot
 
 from cvmcore.memory import SCRAMBLED
 from cvmcore.pages import run
@@ -82,8 +82,12 @@ def test_states_of_a_launch():
         ("paddr not 16 aligned", 0x5008, 16, T.INVALID_ADDRESS),
         ("address before length", 0x5008, 0, T.INVALID_ADDRESS),
         ("past memory", 1 << 40, 16, T.INVALID_ADDRESS),
+        ("below memory", -16, 16, T.INVALID_ADDRESS),
         ("length 0", 0x5000, 0, T.INVALID_LENGTH),
+        ("length below 0", 0x5000, -16, T.INVALID_LENGTH),
         ("length not a multiple of 16", 0x5000, 17, T.INVALID_LENGTH),
+        ("up to the end of memory", NR_FRAMES * 4096 - 32, 32, T.SUCCESS),
+        ("past its end", NR_FRAMES * 4096 - 32, 48, T.INVALID_ADDRESS),
         ("ok", 0x5000, 16, T.SUCCESS),
     ],
 )
@@ -604,6 +608,19 @@ def test_send_update_data_operands(name, paddr, length, status):
     hw = hardware()
     sender, _ = moving(hw)
     assert hw.psp.send_update_data(sender, paddr, length) == (status, b"", b"")
+
+
+@pytest.mark.parametrize("state", [S.PRE_GUEST, S.GUEST_VALID, S.RECLAIM])
+def test_no_legacy_guests_key_is_used_on_what_the_rmp_gives_to_others(state):
+    hw = hardware()
+    sender, receiver = moving(hw)
+    packet = hw.psp.send_update_data(sender, 8 << 12, 16)[1:]
+    make(hw, state, 9, gfn=5 if state != S.RECLAIM else 0)
+    hw.memory.write(run(9, 1), hw.memory.intern(b"mine"), 1)
+    assert hw.psp.send_update_data(sender, 9 << 12, 16)[0] == T.INVALID_PAGE_STATE
+    assert hw.psp.receive_update_data(receiver, 9 << 12, *packet) == T.INVALID_PAGE_STATE
+    assert hw.psp.launch_secret(sev_guest(hw, asid=202, state="LSECRET"), 9 << 12, bytes(16)) == T.INVALID_PAGE_STATE
+    assert hw.memory.bytes_of(int(hw.memory.read(run(9, 1), 1)[0]))[:4] == b"mine"
 
 
 def test_a_cancelled_sender_runs_on():

@@ -84,6 +84,10 @@ def held(state, pfn, level=K, gfn=0x600):
         ("6 4K private inside a 2M page", held(S.GUEST_INVALID, 512, M), 700, PRIVATE, R.FAIL_OVERLAP),
         ("7 region base locked", lambda hw: lock(hw, 512), 513, PRIVATE, R.FAIL_PERMISSION),
         ("7 region base HV-Fixed", held(S.HV_FIXED, 512), 513, PRIVATE, R.FAIL_PERMISSION),
+        ("7 after an unlock of what was not locked", lambda hw: (hw.rmp.unlock(run(512, 1)), make(hw, S.HV_FIXED, 512)),
+         513, PRIVATE, R.FAIL_PERMISSION),
+        ("7 not once the base is unlocked", lambda hw: (lock(hw, 512), lock(hw, 512), hw.rmp.unlock(run(512, 1))),
+         513, PRIVATE, R.OK),
         ("7 not for an assigned page", lambda hw: (make(hw, S.GUEST_VALID, 513, gfn=5), make(hw, S.HV_FIXED, 512)),
          513, SHARED, R.OK),
         ("7 not for a base that the host made Pre-Guest", held(S.PRE_GUEST, 512), 513, PRIVATE, R.OK),
@@ -269,6 +273,27 @@ def test_pvalidate_answers_page_by_page():
     assert answer.tolist() == [R.OK, R.NO_CHANGE, R.OK, R.OK, R.NPF_RMP]
 
 
+@pytest.mark.parametrize("asid", [0, -1, 1024, 1 << 20])
+def test_no_guest_has_an_asid_that_an_entry_cannot_hold(asid):
+    hw = hardware()
+    make(hw, S.GUEST_INVALID, 512, gfn=0x400, level=M)
+    make(hw, S.RECLAIM, 9)
+    old = snapshot(hw.rmp)
+    for pfn, gfn in ((513, 0), (513, 0x401), (9, 0)):  # a sub-entry is `assigned` and nothing else, as Reclaim is
+        page, gfns = run(pfn, 1), run(gfn, 1)
+        for instruction, operands in (
+            (hw.rmp.pvalidate, {"validate": True}),
+            (hw.rmp.rmpadjust, {"target_vmpl": 1, "perms": PERM_READ}),
+            (hw.rmp.rmpquery, {"target_vmpl": 1}),
+            (hw.rmp.check_private, {}),
+        ):
+            with pytest.raises(ValueError, match="no guest has ASID"):
+                instruction(page, gfns, asid=asid, **operands)
+        with pytest.raises(ValueError, match="no guest has ASID"):
+            hw.rmp.vmrun(pfn, gfn, asid)
+    assert snapshot(hw.rmp) == old
+
+
 # ---- 3.4 RMPADJUST, RMPQUERY ---------------------------------------------------------------------------------------
 
 
@@ -446,3 +471,16 @@ def test_vmrun(name, change, code):
         assert hw.rmp.rmpupdate(run(9, 1), assigned=False).status == R.FAIL_INUSE
         hw.rmp.vmexit(9)
         assert hw.rmp.rmpupdate(run(9, 1), assigned=False).status == R.OK
+
+
+def test_a_save_area_inside_a_2m_page_holds_the_entry_that_rules_over_it():
+    hw = hardware()
+    make(hw, S.GUEST_VALID, 512, gfn=0x400, level=M)
+    page, gfns = run(512, 1), run(0x400, 1, 512)
+    hw.rmp.rmpadjust(page, gfns, asid=1, target_vmpl=1, perms=0, vmsa=True, level=M)
+    assert hw.rmp.vmrun(515, 0x403, 1) == R.OK
+    assert hw.rmp.rmpupdate(page, assigned=False, level=M).status == R.FAIL_INUSE
+    assert hw.rmp.psmash(page).status == R.FAIL_INUSE
+    assert hw.rmp.violations() == []
+    hw.rmp.vmexit(515)
+    assert hw.rmp.psmash(page).status == R.OK
