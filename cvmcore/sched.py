@@ -21,6 +21,9 @@ from cvmcore.host import Host
 
 R = TypeVar("R")
 
+ENDLESS = 300_000
+"""Steps after which an operation that nobody contends with is not going to end."""
+
 
 class Held:
     """The locks that one actor holds, in the order it took them; taking one out of order is an error."""
@@ -55,7 +58,7 @@ class Held:
 
 
 class Lockdep:
-    """`drain` that checks the lock order, and that no operation returns with a lock (kernel: lockdep).
+    """`drain` that checks the lock order, that no operation returns with a lock, and that it returns (kernel: lockdep).
 
     Use it as `Host(drive=Lockdep())`; `held` is what the running operation holds, for checks inside observers.
     """
@@ -65,9 +68,15 @@ class Lockdep:
 
     def __call__(self, steps: Steps[R]) -> R:
         outer = len(self.held.locks)
+        left, last = ENDLESS, ""
         try:
             while True:
                 effect = next(steps)
+                left -= 1
+                if left < 8:
+                    last += f"{effect.name}; "
+                    if left == 0:
+                        raise InvariantViolation(f"an operation did not end in {ENDLESS} steps, the last: {last[:-2]}")
                 if effect.lock is None:
                     continue
                 if effect.takes is None:

@@ -26,7 +26,7 @@ from cvmcore.mem.gmem import GmemFile, GmemInode
 from cvmcore.mem.mm import TASK_SIZE, Mm
 from cvmcore.mem.slots import Memslot
 from cvmcore.ops import NOBODY
-from cvmcore.pages import Sel, Words, array_of, count, part, shift
+from cvmcore.pages import Sel, Words, array_of, count, first, part, shift
 from cvmcore.types import (
     GUEST_MEMFD_FLAG_INIT_SHARED,
     GUEST_MEMFD_FLAG_MMAP,
@@ -45,7 +45,7 @@ from cvmcore.types import (
     RetPf,
     Stopped,
 )
-from cvmcore.vcpu import Accept, Action, Convert, Touch, Vcpu
+from cvmcore.vcpu import Accept, Action, Convert, Touch, Tries, Vcpu
 from cvmcore.vm import Vm
 
 NR_MEMSLOTS = 32764
@@ -754,7 +754,8 @@ class VcpuFd:
         if vm.caps.shared_gfn_bit and gpa >> 12 & vm.caps.shared_gfn_bit:
             raise UapiError(errno.EINVAL, call, "the gpa has the alias bit")
         gfns: Sel = slice(gpa >> 12, gpa + size_bytes >> 12, 1)
-        done = stuck = 0
+        done = 0
+        tries = Tries(vm)
         while done < count(gfns):
             rest = part(gfns, done, count(gfns))
             private = False
@@ -770,7 +771,7 @@ class VcpuFd:
             if fault.ret in (RetPf.FIXED, RetPf.SPURIOUS):
                 continue
             if fault.ret is RetPf.RETRY and not vm.dead:
-                stuck = 0 if fault.done else self.vcpu.retried(stuck, rest)
+                tries.again(first(rest), private)
                 continue
             if done == 0:
                 error = errno.EIO if vm.dead else fault.errno

@@ -64,6 +64,8 @@ RETRY = point("fault.retry")
 
 STUCK = 1_000
 """Retries of one fault after which the model itself is at fault."""
+IN_VAIN = 50
+"""Times that one page is mapped, or mended, and then missed again, after which somebody is at fault."""
 
 
 @attrs.define(eq=False)
@@ -99,6 +101,33 @@ class Convert(Action):
     """Convert pages to private or to shared."""
 
     private: bool = True
+
+
+class Tries:
+    """How often the page that does not get through was tried: no page of an action is tried for ever."""
+
+    def __init__(self, vm: Vm) -> None:
+        self.vm = vm
+        self.gfn = -1
+        self.retries = self.mapped = 0
+
+    def again(self, gfn: int, private: bool, *, mapped: bool = False) -> None:
+        """The page is tried once more: the fault was overtaken (RETRY), or has `mapped` or mended it, and the walk will
+        say. InvariantViolation: neither goes on for so long where the tables and the trusted party agree."""
+        if gfn != self.gfn:
+            self.gfn, self.retries, self.mapped = gfn, 0, 0
+        self.retries += not mapped
+        self.mapped += mapped
+        if self.retries <= STUCK and self.mapped <= IN_VAIN:
+            return
+        what = f"a fault was retried {STUCK} times without progress"
+        if mapped:
+            what = f"a page was mapped {IN_VAIN} times, and the access does not get through"
+        root = self.vm.tdp.root_for(private)
+        level = root.level_at(gfn)
+        pfn = first(root.lookup(slice(gfn, gfn + 1, 1), False)[1]) if level else None
+        states: dict[str, object] = {"private": private, "mapped at level": level}
+        raise InvariantViolation(what, gfn=gfn, pfn=pfn, states=states, events=self.vm.host.last_events())
 
 
 class Vcpu:
@@ -173,7 +202,7 @@ class Vcpu:
 
     def _touch_piece(self, action: Touch, start: int, stop: int) -> Steps[ExitReason | None]:
         """Positions [start, stop) of the action: walk, fault in what misses, access."""
-        stuck = 0
+        tries = Tries(self.vm)
         while start < stop:
             gfns = part(action.gfns, start, stop)
             access, n = yield from self._walk(gfns, action.write, action.private)
@@ -201,7 +230,7 @@ class Vcpu:
                     before = start + _position(gfns, first(part(lost, done, done + 1)))
                     earlier = yield from self._touch_piece(action, start, before)
                     return earlier or leave
-                stuck = 0 if done else self.retried(stuck, gfns)
+                tries.again(first(lost), action.private, mapped=done > 0)
             elif good:
                 gfns, pfns = part(gfns, 0, good), part(access.pfns, 0, good)
                 self.tlb.fill(gfns, pfns, action.write, action.private)
@@ -210,7 +239,7 @@ class Vcpu:
                 action.done = start
             elif kind == Walk.MISMATCH:
                 yield from self._mismatch(part(gfns, 0, 1), action.write)
-                stuck = self.retried(stuck, gfns)
+                tries.again(first(gfns), True, mapped=True)
             elif kind == Walk.UNACCEPTED and self.vm.caps.unaccepted_is_fatal:
                 self.vm.bug(f"the guest touched gfn {first(gfns):#x}, which it has not accepted")
                 return Shutdown(errno.EIO, self.vm.dead_because)
@@ -370,13 +399,6 @@ class Vcpu:
             yield from drop(locks)
         yield from self._enter()
 
-    def retried(self, times: int, gfns: Sel) -> int:
-        """One more than `times` retries that mapped nothing. InvariantViolation: the model never needs so many."""
-        if times >= STUCK:
-            what = f"a fault was retried {times} times without progress"
-            raise InvariantViolation(what, gfn=first(gfns), events=self.vm.host.last_events())
-        return times + 1
-
     # ---- accepting --------------------------------------------------------------------------------------------
 
     def _accept(self, action: Accept) -> Steps[ExitReason | None]:
@@ -393,7 +415,7 @@ class Vcpu:
 
     def _accept_pages(self, gfns: Sel, level: int) -> Steps[ExitReason | None]:
         """Accept until all pages are; `self._pending` holds what was left where it had to stop."""
-        stuck = 0
+        tries = Tries(self.vm)
         self._pending = gfns
         while n := count(gfns):
             access = yield from self._accept_once(gfns, level)
@@ -411,17 +433,18 @@ class Vcpu:
                     break
                 kind = int(statuses[0])
                 same = _leading(statuses, 0, left, kind)
-            stuck = 0 if left < n else self.retried(stuck, gfns)
             gfns = self._pending = rest
             if kind == Walk.MISS:
                 ceiling = level if self.vm.caps.fault_tells_accept_level else PG_LEVEL_1G
                 leave, moved = yield from self._fault(part(gfns, 0, same), True, True, max_level=ceiling)
                 if leave is not None:
                     return leave
-                stuck = 0 if moved else stuck
+                tries.again(first(gfns), True, mapped=moved > 0)
             elif kind == Walk.MISMATCH:
                 yield from self._mismatch(part(gfns, 0, 1), True)
+                tries.again(first(gfns), True, mapped=True)
             elif kind == Walk.LARGER:
+                tries.again(first(gfns), True, mapped=True)
                 leave = yield from self._split_for_accept(first(gfns), level)
                 if leave is not None:
                     return leave
@@ -502,7 +525,7 @@ class Vcpu:
 
     def _convert(self, action: Convert) -> Steps[ExitReason | None]:
         vm = self.vm
-        stuck = 0
+        tries = Tries(vm)
         while action.done < count(action.gfns):
             gfns = part(action.gfns, action.done, count(action.gfns))
             result = yield from vm.host.ops.call(
@@ -522,7 +545,7 @@ class Vcpu:
                 leave, moved = yield from self._fault(slice(result.gfn, result.gfn + 1, 1), True, not action.private)
                 if leave is not None:
                     return leave
-                stuck = 0 if moved else self.retried(stuck, gfns)
+                tries.again(result.gfn, not action.private, mapped=moved > 0)
                 continue
             asked = part(gfns, 0, result.n)
             action.done += result.n

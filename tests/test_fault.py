@@ -18,7 +18,7 @@ from cvmcore.hookspecs import hookimpl
 from cvmcore.mem.fault import Fault, resolve
 from cvmcore.mem.tdp import FROZEN
 from cvmcore.observers import FaultInjector
-from cvmcore.pages import Sel, first
+from cvmcore.pages import EMPTY, Sel, first
 from cvmcore.types import (
     Fatal,
     GuestException,
@@ -30,8 +30,9 @@ from cvmcore.types import (
     Shutdown,
     Stopped,
     Use,
+    Walk,
 )
-from cvmcore.vcpu import STUCK, Accept, Convert
+from cvmcore.vcpu import IN_VAIN, STUCK, Accept, Convert
 
 READONLY, GUEST_MEMFD = 2, 4
 BACKENDS = {"default": DEFAULT, "swprot": SWPROT, "mirror": MIRROR, "mediated": MEDIATED}
@@ -381,6 +382,24 @@ def test_a_fault_that_never_gets_on_is_a_bug_of_the_model() -> None:
 
     with pytest.raises(InvariantViolation, match=f"retried {STUCK} times"):
         box.touch(3)
+
+
+def test_a_page_that_is_mapped_in_vain_is_told_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault says that the page is mapped, and the walk misses it again and again."""
+    box = Box(SWPROT, 8)
+    root = box.vm.tdp.root_for(True)
+    looked_up = type(root).lookup
+    misses = iter([True] * (IN_VAIN + 1))
+    monkeypatch.setattr(
+        type(root), "lookup",
+        lambda self, gfns, write: (int(Walk.MISS), EMPTY, 0) if next(misses, False) else looked_up(self, gfns, write),
+    )  # fmt: skip
+
+    with pytest.raises(InvariantViolation, match=f"mapped {IN_VAIN} times") as caught:
+        box.touch(3)
+
+    assert (caught.value.gfn, caught.value.pfn) == (3, box.pfn(3))
+    assert caught.value.states == {"private": True, "mapped at level": 1}
 
 
 # ---- step 10: the frame ---------------------------------------------------------------------------------------------

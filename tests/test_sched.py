@@ -305,6 +305,18 @@ def failing(host: Host, lock: Lock) -> Steps[None]:
     raise UapiError(22, "call", "told to")
 
 
+def test_lockdep_ends_what_does_not_end() -> None:
+    lock = Lock("mine", 1)
+
+    def loops() -> Steps[None]:
+        while True:
+            yield lock.write
+            yield lock.release
+
+    with pytest.raises(InvariantViolation, match="did not end in"):
+        Lockdep()(loops())
+
+
 def test_error_drops_locks(host: Host) -> None:
     """An operation that fails holds nothing any more; the others go on, and the error is raised when all have ended."""
     lock = Lock("l", 1)

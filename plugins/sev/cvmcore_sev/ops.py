@@ -777,7 +777,12 @@ class AmdSev:
         pinned: list[Sel] = []
         for batch in batches:
             if arch.demand and vm.vcpus:
-                yield from vm.map_private(batch)
+                status, _, _ = vm.walk(batch.gfns, True)
+                absent = status != Walk.OK
+                if np.count_nonzero(absent):  # a page that was loaded before is mapped: spurious, as any fault there
+                    lost = np.broadcast_to(absent, len(batch))
+                    pfns = contiguous(array_of(batch.pfns)[lost])
+                    yield from vm.map_private(Batch(batch.slot, batch.level, where(batch.gfns, lost), pfns))
                 self.pin_pfn(vm, batch, True)
             else:
                 host.frames.pin(batch.pfns)
