@@ -219,7 +219,8 @@ class ModelFront:
         self._vm_at(vm, "KVM_SET_MEMORY_ATTRIBUTES").set_memory_attributes(gpa, size, attributes, flags)
 
     def _memory_encrypt_op(self, vm: int, command: str, arguments: dict[str, Any]) -> Answer:
-        return dict(self._vm_at(vm, "KVM_MEMORY_ENCRYPT_OP").memory_encrypt_op(command, arguments) or {})
+        told = self._vm_at(vm, "KVM_MEMORY_ENCRYPT_OP").memory_encrypt_op(command, arguments) or {}
+        return {name: f"hex:{value.hex()}" if isinstance(value, bytes) else value for name, value in told.items()}
 
     def _register_region(self, vm: int, hva: int, size: int) -> None:
         self._vm_at(vm, "KVM_MEMORY_ENCRYPT_REG_REGION").register_region(hva, size)

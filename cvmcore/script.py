@@ -102,6 +102,8 @@ def _fits(value: Any, wanted: Any) -> bool:
     origin = get_origin(wanted)
     if origin is list:
         return isinstance(value, list) and all(_fits(one, get_args(wanted)[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict)  # whose values the operation checks
     if origin is not None:  # X | None
         return any(_fits(value, one) for one in get_args(wanted))
     return type(value) is wanted
@@ -111,6 +113,8 @@ def _said(wanted: Any) -> str:
     origin = get_origin(wanted)
     if origin is list:
         return f"a list, each of it {_said(get_args(wanted)[0])}"
+    if origin is dict:
+        return _NAMES[dict]
     if origin is not None:
         return " or ".join(_said(one) for one in get_args(wanted))
     return _NAMES.get(wanted, str(wanted))

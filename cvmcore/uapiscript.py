@@ -9,7 +9,7 @@
 
 What a call returns gets a name, and later lines use it: descriptors as `"f"` (or a number), addresses as `"m"`,
 `"m+0x1000"` (or a number). Where the call failed, the name stands for descriptor -1, or for an address where nothing
-is. Numbers may also be texts: "0x1000", "64K", "2M", "1G". docs/live.md has all calls.
+is. Numbers may also be texts: "0x1000", "64K", "2M", "1G"; bytes are "hex:00ff". docs/live.md has all calls.
 
 A `Script` is the calls by name; it turns names into numbers and hands each call to a `Front`, which does it.
 """
@@ -172,8 +172,10 @@ class Script:
         )  # fmt: skip
 
     def memory_encrypt_op(self, command: str, arguments: dict[str, Any] | None = None, vm: Fd = "vm") -> Answer:
-        """KVM_MEMORY_ENCRYPT_OP: a vendor's command under its own name. The model only."""
-        return self._do("memory_encrypt_op", vm=self._fd(vm), command=command, arguments=arguments or {})
+        """KVM_MEMORY_ENCRYPT_OP: a vendor's command under its own name, with the fields of its structure (numbers,
+        addresses, bytes as "hex:00ff"); its answer's fields. The model only."""
+        fields = {name: self._field(value, name) for name, value in (arguments or {}).items()}
+        return self._do("memory_encrypt_op", vm=self._fd(vm), command=command, arguments=fields)
 
     def register_region(self, hva: Address, size: Number, vm: Fd = "vm") -> Answer:
         """KVM_MEMORY_ENCRYPT_REG_REGION."""
@@ -378,6 +380,17 @@ class Script:
             return number(address, what)
         have = f"there are {', '.join(self.addresses)}" if self.addresses else "there is none yet"
         raise InputError(f"no line before gave an address the name '{name}'; {have}")
+
+    def _field(self, value: Any, what: str) -> int | bytes:
+        """A field of a vendor's structure."""
+        if isinstance(value, str) and value.startswith("hex:"):
+            try:
+                return bytes.fromhex(value[4:])
+            except ValueError:
+                raise InputError(f"{what}: '{value[:40]}' has other than hexadecimal digits") from None
+        if not isinstance(value, int | str):
+            raise InputError(f"{what}: a field is a number, an address, or bytes as in \"hex:00ff\"")
+        return self._address(value, what)
 
     def _page(self, address: Address) -> int:
         at = self._address(address, "addr")

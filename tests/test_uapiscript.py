@@ -197,6 +197,41 @@ def test_bad_lines_are_named(line: dict[str, Any], why: str) -> None:
     assert why in str(caught.value)
 
 
+def test_fields_of_a_vendors_structure() -> None:
+    """Numbers, addresses by name, and bytes as hex:...; bytes come back in the same form."""
+    given = {"policy": 0, "uaddr": "m+0x1000", "secret": "hex:00ff"}
+    told: list[dict[str, Any]] = []
+
+    class Front:
+        def call(self, op: str, arguments: dict[str, Any]) -> dict[str, Any]:
+            told.append(arguments)
+            return {"status": "OK", "addr": 0x7000} if op == "mmap" else {"status": "OK"}
+
+    script = Script(Front())  # type: ignore[arg-type]
+    script.mmap(size="64K", name="m")
+    script.memory_encrypt_op("KVM_SEV_ANYTHING", given, vm=3)
+    assert told[-1]["arguments"] == {"policy": 0, "uaddr": 0x8000, "secret": b"\x00\xff"}
+    for value, why in (("hex:0", "hexadecimal"), ("n", "no line before"), (None, "a field is"), ([1], "a field is")):
+        with pytest.raises(InputError, match=why):
+            script.memory_encrypt_op("KVM_SEV_ANYTHING", {"x": value}, vm=3)
+
+    lines = [
+        {"op": "create_vm"},
+        {"op": "mmap", "size": "64K", "name": "m"},
+        {"op": "set_user_memory_region", "slot": 0, "gpa": 0, "size": "64K", "hva": "m"},
+        {"op": "memory_encrypt_op", "command": "KVM_SEV_LAUNCH_START", "arguments": {"policy": 0}},
+        {"op": "memory_encrypt_op", "command": "KVM_SEV_LAUNCH_UPDATE_DATA", "arguments": {"uaddr": "m", "len": "4K"}},
+        {"op": "memory_encrypt_op", "command": "KVM_SEV_LAUNCH_MEASURE",
+         "arguments": {"len": 48, "nonce": "hex:" + "ab" * 16}},
+        {"op": "memory_encrypt_op", "command": "KVM_SEV_LAUNCH_START", "arguments": {"policy": "x+1"}},
+    ]  # fmt: skip
+    found, _ = played(lines[:-1], "sev")
+    assert [answer["status"] for answer in found] == ["OK"] * 6
+    assert found[5]["len"] == 48 and found[5]["blob"].startswith("hex:") and found[5]["blob"].endswith("ab" * 16)
+    with pytest.raises(InputError, match=r"here:7: no line before gave an address the name 'x'"):
+        played(lines, "sev")
+
+
 def test_numbers() -> None:
     assert [number(text, "n") for text in (7, "7", "0x1F", "4K", "2M")] == [7, 7, 31, 4096, 2 << 20]
     assert runs_of([1, 1, 2, 1]) == [[1, 2], [2, 1], [1, 1]]

@@ -1030,11 +1030,17 @@ class Psp:
     @command
     def launch_start(self, policy: int, tik: bytes = bytes(16)) -> tuple[SevStatus, int]:
         """LAUNCH_START: a new guest; returns (status, handle). tik: the session's transport integrity key."""
-        handle = next((h for h in range(1, NR_ASIDS) if h not in self.guests), 0)
+        handle = self._new_handle(policy)
         if not handle:
             return SevStatus.RESOURCE_LIMIT, 0
         self.guests[handle] = SevGuest(policy, tik)
         return SevStatus.SUCCESS, handle
+
+    def _new_handle(self, policy: int) -> int:
+        """The handle that the next guest gets, 0 where there is none."""
+        if not 0 <= policy < 1 << 32:
+            raise ValueError(f"the policy of an SEV guest has 32 bits, not {policy:#x}")
+        return next((h for h in range(1, NR_ASIDS) if h not in self.guests), 0)
 
     @command
     def activate(self, handle: int, asid: int) -> SevStatus:
@@ -1197,7 +1203,7 @@ class Psp:
     @command
     def receive_start(self, policy: int, session: bytes) -> tuple[SevStatus, int]:
         """RECEIVE_START: a guest that comes from elsewhere; returns (status, handle)."""
-        handle = next((h for h in range(1, NR_ASIDS) if h not in self.guests), 0)
+        handle = self._new_handle(policy)
         if not handle:
             return SevStatus.RESOURCE_LIMIT, 0
         if len(session) != 32:
@@ -1278,6 +1284,8 @@ class Psp:
     @command
     def snp_launch_start(self, gctx_pfn: int, policy: int) -> SevStatus:
         """SNP_LAUNCH_START: the guest's policy is set, its launch begins."""
+        if not 0 <= policy < 1 << 64:
+            raise ValueError(f"the policy of an SNP guest has 64 bits, not {policy:#x}")
         guest = self._context(gctx_pfn, "SNP_LAUNCH_START")
         if isinstance(guest, SevStatus):
             return guest

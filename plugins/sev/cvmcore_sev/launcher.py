@@ -58,16 +58,16 @@ def _vmsas(firmware: Firmware, options: Mapping[str, Any], features: int) -> lis
     )  # fmt: skip
 
 
-def _checked(options: Mapping[str, Any]) -> None:
+def _checked(options: Mapping[str, Any], policy_bits: int) -> None:
     if not 0 < options["vcpus"] <= MAX_VCPUS:
         raise InputError(f"{options['vcpus']} vCPUs: it must be 1 to {MAX_VCPUS}")
-    if not 0 <= options["policy"] < 1 << 64:
-        raise InputError(f"policy {options['policy']:#x} is no number of 64 bits")
+    if not 0 <= options["policy"] < 1 << policy_bits:
+        raise InputError(f"policy {options['policy']:#x} is no number of {policy_bits} bits")
 
 
 def _snp(image: bytes, options: Mapping[str, Any]) -> Sequence[Call]:
     """KVM_SEV_INIT2, memory and vCPUs, SNP_LAUNCH_START, the pages; save areas are measured by SNP_LAUNCH_FINISH."""
-    _checked(options)
+    _checked(options, 64)
     features = options["guest-features"]
     if not features & _SNP_ACTIVE:
         raise InputError(f"guest features {features:#x}: an SNP guest has bit 0")
@@ -88,7 +88,7 @@ def _snp(image: bytes, options: Mapping[str, Any]) -> Sequence[Call]:
 def _legacy(es: bool) -> Callable[[bytes, Mapping[str, Any]], Sequence[Call]]:
     def plan(image: bytes, options: Mapping[str, Any]) -> Sequence[Call]:
         """KVM_SEV_INIT2, memory and vCPUs, LAUNCH_START, LAUNCH_UPDATE_DATA of each page, save areas, MEASURE."""
-        _checked(options)
+        _checked(options, 32)
         firmware = parse_firmware(image)
         features = options.get("guest-features", 0)
         states = _vmsas(firmware, options, features) if es else [b""] * options["vcpus"]

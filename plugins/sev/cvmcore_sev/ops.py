@@ -1112,15 +1112,20 @@ class AmdSev:
             self._not_a_mirror(arch, command)
         if command not in _COMMANDS:
             raise UapiError(errno.EINVAL, command, "there is no such command")
-        types, needed, implementation = _COMMANDS[command]
+        types, fields, more, implementation = _COMMANDS[command]
         if arch.snp and (SNP_TYPE not in types or (command == "KVM_SEV_INIT2" and arch.initialized)):
             raise UapiError(errno.EPERM, command, "the command is not for SNP guests")
         if arch.vm_type not in types:
             number = errno.EINVAL if command in _INITS else errno.ENOTTY
             raise UapiError(number, command, f"the command is not for {arch.vm_type} guests")
-        missing = [name for name in needed if name not in arguments]
-        if missing:
-            raise UapiError(errno.EFAULT, command, f"its structure has no {missing[0]}")
+        for name in fields:
+            if name not in arguments:
+                raise UapiError(errno.EFAULT, command, f"its structure has no {name}")
+        for name, value in arguments.items():
+            if name not in (*fields, *more):
+                raise UapiError(errno.EFAULT, command, f"its structure has {name}, which is no field of it")
+            if not _holds(name, value):
+                raise UapiError(errno.EFAULT, command, f"its {name} cannot be {str(value)[:40]}")
         return (yield from implementation(self, vm, arguments))
 
     def _op_init(self, vm: VmView, arguments: dict[str, Any]) -> Steps[dict[str, Any]]:
@@ -1139,8 +1144,11 @@ class AmdSev:
         return {}
 
     def _op_launch_start(self, vm: VmView, arguments: dict[str, Any]) -> Steps[dict[str, Any]]:
+        call = "KVM_SEV_LAUNCH_START"
+        if arguments["policy"] >> 32:
+            raise UapiError(errno.EFAULT, call, "its policy has 32 bits")
         if vm.arch.started:
-            raise UapiError(errno.EINVAL, "KVM_SEV_LAUNCH_START", "the launch has begun already")
+            raise UapiError(errno.EINVAL, call, "the launch has begun already")
         yield from self._start(vm, arguments["policy"])
         return {"handle": vm.arch.handle}
 
@@ -1240,6 +1248,8 @@ class AmdSev:
     def _op_receive_start(self, vm: VmView, arguments: dict[str, Any]) -> Steps[dict[str, Any]]:
         call = "KVM_SEV_RECEIVE_START"
         arch, psp = vm.arch, vm.host.hw.psp
+        if arguments["policy"] >> 32:
+            raise UapiError(errno.EFAULT, call, "its policy has 32 bits")
         if arch.started:
             raise UapiError(errno.EINVAL, call, "the VM has a context already")
         steps = psp.receive_start.steps(arguments["policy"], arguments["session"])
@@ -1300,6 +1310,8 @@ class AmdSev:
     def _op_snp_finish(self, vm: VmView, arguments: dict[str, Any]) -> Steps[dict[str, Any]]:
         if not vm.arch.gctx_pfn or arguments.get("flags", 0):
             raise UapiError(errno.EINVAL, "KVM_SEV_SNP_LAUNCH_FINISH", "no launch has begun, or flags")
+        if ("id_block" in arguments) != ("id_auth" in arguments):
+            raise UapiError(errno.EFAULT, "KVM_SEV_SNP_LAUNCH_FINISH", "an ID block comes with its authentication page")
         yield from self._finish_snp(vm, arguments.get("id_block", b""), arguments.get("id_auth", b""))
         return {}
 
@@ -1308,30 +1320,44 @@ _DEBUG_SWAP, _SECURE_TSC = 1 << 5, 1 << 9
 _VMSA_FEATURES: Final = {SEV_TYPE: 0, SEV_ES_TYPE: _DEBUG_SWAP, SNP_TYPE: _DEBUG_SWAP | _SECURE_TSC}
 """What KVM_SEV_INIT2 takes as vmsa_features; KVM itself adds bit 0, SNP active."""
 
+_BYTES: Final = {
+    "secret": None, "session": None, "hdr": None, "trans": None, "nonce": 16, "id_block": 96, "id_auth": PAGE_BYTES,
+}  # fmt: skip
+"""Fields that are bytes, and how many they are where the ABI says so; all others are unsigned numbers."""
+
+
+def _holds(name: str, value: Any) -> bool:
+    """Whether a field of a command's structure can have this value."""
+    if name not in _BYTES:
+        return isinstance(value, int) and 0 <= value < 1 << 64
+    return isinstance(value, bytes) and _BYTES[name] in (None, len(value))
+
+
 _Operation = Callable[[AmdSev, VmView, dict[str, Any]], Steps[dict[str, Any]]]
 _LEGACY: Final = (SEV_TYPE, SEV_ES_TYPE)
 _INITS: Final = ("KVM_SEV_INIT", "KVM_SEV_ES_INIT", "KVM_SEV_INIT2")
-_COMMANDS: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...], _Operation]]] = {
-    # command: VM types, fields that its structure must have, implementation
-    "KVM_SEV_INIT": ((SEV_TYPE,), (), AmdSev._op_init),
-    "KVM_SEV_ES_INIT": ((SEV_ES_TYPE,), (), AmdSev._op_init),
-    "KVM_SEV_INIT2": ((*_LEGACY, SNP_TYPE), (), AmdSev._op_init),
-    "KVM_SEV_LAUNCH_START": (_LEGACY, ("policy",), AmdSev._op_launch_start),
-    "KVM_SEV_LAUNCH_UPDATE_DATA": (_LEGACY, ("uaddr", "len"), AmdSev._op_launch_update_data),
-    "KVM_SEV_LAUNCH_UPDATE_VMSA": ((SEV_ES_TYPE,), (), AmdSev._op_update_vmsa),
-    "KVM_SEV_LAUNCH_MEASURE": (_LEGACY, ("len",), AmdSev._op_measure),
-    "KVM_SEV_LAUNCH_SECRET": (_LEGACY, ("guest_uaddr", "secret"), AmdSev._op_secret),
-    "KVM_SEV_LAUNCH_FINISH": (_LEGACY, (), AmdSev._op_finish),
-    "KVM_SEV_SEND_START": (_LEGACY, (), AmdSev._op_send_start),
-    "KVM_SEV_SEND_UPDATE_DATA": (_LEGACY, ("guest_uaddr", "guest_len"), AmdSev._op_send_data),
-    "KVM_SEV_SEND_FINISH": (_LEGACY, (), AmdSev._op_send_finish),
-    "KVM_SEV_SEND_CANCEL": (_LEGACY, (), AmdSev._op_send_cancel),
-    "KVM_SEV_RECEIVE_START": (_LEGACY, ("policy", "session"), AmdSev._op_receive_start),
-    "KVM_SEV_RECEIVE_UPDATE_DATA": (_LEGACY, ("hdr", "guest_uaddr", "trans"), AmdSev._op_receive_data),
-    "KVM_SEV_RECEIVE_FINISH": (_LEGACY, (), AmdSev._op_receive_finish),
-    "KVM_SEV_GUEST_STATUS": (_LEGACY, (), AmdSev._op_status),
-    "KVM_SEV_SNP_LAUNCH_START": ((SNP_TYPE,), ("policy",), AmdSev._op_snp_start),
-    "KVM_SEV_SNP_LAUNCH_FINISH": ((SNP_TYPE,), (), AmdSev._op_snp_finish),
+_INIT_FIELDS: Final = ("flags", "vmsa_features", "ghcb_version")
+_COMMANDS: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], _Operation]]] = {
+    # command: VM types, fields that its structure must have, fields that are 0 unless given, implementation
+    "KVM_SEV_INIT": ((SEV_TYPE,), (), _INIT_FIELDS, AmdSev._op_init),
+    "KVM_SEV_ES_INIT": ((SEV_ES_TYPE,), (), _INIT_FIELDS, AmdSev._op_init),
+    "KVM_SEV_INIT2": ((*_LEGACY, SNP_TYPE), (), _INIT_FIELDS, AmdSev._op_init),
+    "KVM_SEV_LAUNCH_START": (_LEGACY, ("policy",), (), AmdSev._op_launch_start),
+    "KVM_SEV_LAUNCH_UPDATE_DATA": (_LEGACY, ("uaddr", "len"), (), AmdSev._op_launch_update_data),
+    "KVM_SEV_LAUNCH_UPDATE_VMSA": ((SEV_ES_TYPE,), (), (), AmdSev._op_update_vmsa),
+    "KVM_SEV_LAUNCH_MEASURE": (_LEGACY, ("len",), ("nonce",), AmdSev._op_measure),
+    "KVM_SEV_LAUNCH_SECRET": (_LEGACY, ("guest_uaddr", "secret"), (), AmdSev._op_secret),
+    "KVM_SEV_LAUNCH_FINISH": (_LEGACY, (), (), AmdSev._op_finish),
+    "KVM_SEV_SEND_START": (_LEGACY, (), (), AmdSev._op_send_start),
+    "KVM_SEV_SEND_UPDATE_DATA": (_LEGACY, ("guest_uaddr", "guest_len"), (), AmdSev._op_send_data),
+    "KVM_SEV_SEND_FINISH": (_LEGACY, (), (), AmdSev._op_send_finish),
+    "KVM_SEV_SEND_CANCEL": (_LEGACY, (), (), AmdSev._op_send_cancel),
+    "KVM_SEV_RECEIVE_START": (_LEGACY, ("policy", "session"), (), AmdSev._op_receive_start),
+    "KVM_SEV_RECEIVE_UPDATE_DATA": (_LEGACY, ("hdr", "guest_uaddr", "trans"), (), AmdSev._op_receive_data),
+    "KVM_SEV_RECEIVE_FINISH": (_LEGACY, (), (), AmdSev._op_receive_finish),
+    "KVM_SEV_GUEST_STATUS": (_LEGACY, (), (), AmdSev._op_status),
+    "KVM_SEV_SNP_LAUNCH_START": ((SNP_TYPE,), ("policy",), ("flags",), AmdSev._op_snp_start),
+    "KVM_SEV_SNP_LAUNCH_FINISH": ((SNP_TYPE,), (), ("flags", "id_block", "id_auth"), AmdSev._op_snp_finish),
 }
 
 _ASIDS: Final = (

@@ -127,6 +127,7 @@ def test_steps_of_an_sev_es_launch(image, tmp_path):
         ("snp", {"vmm-type": "xen"}, "'xen' is none of qemu, gce, ec2"),
         ("snp", {"guest-features": "0"}, "an SNP guest has bit 0"),
         ("snp", {"policy": "-1"}, "no number of 64 bits"),
+        ("sev", {"policy": "0x100000000"}, "no number of 32 bits"),
         ("snp", {"initrd": __file__}, "--initrd goes with --kernel"),
         ("sev", {"append": "quiet"}, "--append goes with --kernel"),
         ("sev", {"kernel": "/nowhere/vmlinuz"}, "/nowhere/vmlinuz: cannot be read: No such file"),
