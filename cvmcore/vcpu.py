@@ -438,7 +438,12 @@ class Vcpu:
                 ceiling = level if self.vm.caps.fault_tells_accept_level else PG_LEVEL_1G
                 leave, moved = yield from self._fault(part(gfns, 0, same), True, True, max_level=ceiling)
                 if leave is not None:
-                    return leave
+                    if moved == same:
+                        return leave
+                    # Pages before the one that leaves are complete, as they would be one by one.
+                    earlier = yield from self._accept_pages(part(rest, 0, moved), level)
+                    self._pending = _joined(self._pending, part(rest, moved, left))
+                    return earlier or leave
                 tries.again(first(gfns), True, mapped=moved > 0)
             elif kind == Walk.MISMATCH:
                 yield from self._mismatch(part(gfns, 0, 1), True)

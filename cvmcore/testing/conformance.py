@@ -43,6 +43,7 @@ from cvmcore.types import (
     Capabilities,
     HostMode,
     HostVerdict,
+    MemoryFault,
     Use,
 )
 from cvmcore.uapi import Process
@@ -870,6 +871,27 @@ def accept_first(bench: Bench) -> None:
     assert leave is not None, "a page is used though it was not accepted"
     player.exit()
     bench.done(host)
+
+
+@check("accept.stops", Needs("needs_accept, private_by_attribute", lambda c: c.needs_accept and c.private_by_attribute))
+def accept_stops(bench: Bench) -> None:
+    """Pages accepted in one go end as one by one: all below one that is no private page, and none above it."""
+    ends: list[tuple[object, ...]] = []
+    for calls in ([slice(0, 10, 1)], [slice(gfn, gfn + 1, 1) for gfn in range(10)]):
+        host = bench.host()
+        player = Player(host)
+        player.set_attributes(range(5, 6), False)
+        if bench.caps.prefault:
+            player.vcpus[0].pre_fault_memory(7 * PAGE_BYTES, 2 * PAGE_BYTES)
+        leaves = (player.vcpus[0].run(Accept(gfns)) for gfns in calls)
+        leave = next((leave for leave in leaves if leave is not None), None)
+        assert isinstance(leave, MemoryFault), f"accepting a shared page ends with {leave}"
+        meter = host.meter
+        ends.append((leave, dict(meter.ops), dict(meter.counts), fingerprint(host.hw, host.memory, host.frames.use)))
+        player.exit()
+        bench.done(host)
+    for what, together, single in zip(("exit", "operations", "charges", "state"), *ends, strict=True):
+        assert together == single, f"{what}: {together} in one go, {single} one by one"
 
 
 # ---- hooks ----------------------------------------------------------------------------------------------------

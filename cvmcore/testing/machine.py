@@ -86,6 +86,9 @@ INJECTED: dict[str, Callable[[], Any]] = {
 FATAL = {"topup": errno.ENOMEM, "gmem_prepare": errno.EIO}
 """The errno that a fault ends with where these hooks fail; after the others it is tried again."""
 
+SPLITS_WHERE_IT_CAN = ("write", "read", "accept", "prefault", "split")
+"""Calls that do not fail where a page cannot be split: faults are tried again, and dirty logging leaves it large."""
+
 edges = st.sampled_from([0, 1, 100, 255, 256, 500, 511, 512, 513, 700, 1000, 1023, 1024, 1100, 1535, 1536, 2000, 2047])
 runs = st.builds(
     lambda start, n: range(start, min(END, start + n)), edges, st.sampled_from([1, 1, 2, 3, 13, 64, 300, 512, 600])
@@ -301,7 +304,7 @@ class UapiMachine(RuleBasedStateMachine):
         fired = self.injector.fired
         if fired == "memslot_prepare":
             allowed = {errno.ENOMEM}
-        elif fired == "split_private_spt" and name not in ("write", "read", "accept", "prefault"):
+        elif fired == "split_private_spt" and name not in SPLITS_WHERE_IT_CAN:
             allowed = {errno.EAGAIN}
         if was_dead and name in DEAD_EIO:
             allowed = {errno.EIO}

@@ -306,6 +306,8 @@ class Accept(enum.IntEnum):
     EPT_VIOLATION_LARGER = 4
     """TD exit: a larger page is there and pending. The host must demote it first."""
     BUSY = 5
+    NOT_REACHED = 6
+    """No answer: the guest stopped at an earlier page of the batch."""
 
 
 _READABLE = (_S.MAPPED, _S.BLOCKEDW, _S.EXPORTED_BLOCKEDW, _S.EXPORTED_DIRTY, _S.EXPORTED_DIRTY_BLOCKEDW)
@@ -387,7 +389,7 @@ class Accepted:
     pfns: Sel
 
     def status(self, i: int = 0) -> int | None:
-        """RAX of the guest for page i; None where the call ended in a TD exit instead."""
+        """RAX of the guest for page i; None where the call ended in a TD exit instead, or was not made."""
         outcome = self.outcome if isinstance(self.outcome, int) else int(self.outcome[i])
         level = self.level if isinstance(self.level, int) else int(self.level[i])
         match Accept(outcome):
@@ -1841,9 +1843,10 @@ class TdxModule:
 
     @operation
     def tdg_mem_page_accept(self, tdr: int, level: int, gfns: Sel) -> Steps[Accepted]:
-        """A vCPU of the TD accepts pages of level 0 or 1, each on its own: pending pages become zero and usable.
+        """A vCPU of the TD accepts pages of level 0 or 1 in order: pending pages become zero and usable.
 
-        A single page that is not pending does not come to LEAF.
+        It stops at the first page that is not accepted afterwards. Those right behind it that would end in the same
+        way are told so; all others are NOT_REACHED. A single page that is not pending does not come to LEAF.
 
         Raises ValueError for pages that cannot be private, and for a TD that cannot run.
         """
@@ -1886,6 +1889,7 @@ class TdxModule:
         at_level = np.asarray(batch.levels) == level
         outcome = np.where(at_level, ACCEPT_AT_LEVEL.take(states), ACCEPT_ABOVE.take(states))
         outcome[busy] = Accept.BUSY
+        _stop(outcome)
         good = outcome == Accept.ACCEPTED
         pfns = _frames_below(batch.words, batch.levels, batch.gfns)
         if np.count_nonzero(good):
@@ -2012,6 +2016,16 @@ def _frames_below(words: Words, levels: Levels, gfns: Sel) -> npt.NDArray[np.int
         return pfns + (array_of(gfns) & ((1 << 9 * levels) - 1)) if levels else pfns
     inside = (np.int64(1) << (9 * levels.astype(np.int64))) - 1
     return pfns + (array_of(gfns) & inside)
+
+
+def _stop(outcome: npt.NDArray[np.uint8]) -> None:
+    """Make NOT_REACHED what lies behind the first pages that are not accepted, all for the same reason."""
+    refused = outcome > Accept.ALREADY_ACCEPTED
+    if np.count_nonzero(refused):
+        k = int(np.argmax(refused))
+        others = outcome[k:] != outcome[k]
+        if np.count_nonzero(others):
+            outcome[k + int(np.argmax(others)) :] = Accept.NOT_REACHED
 
 
 def _common(values: npt.NDArray[np.uint8]) -> int | npt.NDArray[np.uint8]:

@@ -77,6 +77,7 @@ for _outcome, _walk in {
     Accept.EPT_VIOLATION: Walk.MISS,
     Accept.EPT_VIOLATION_LARGER: Walk.LARGER,
     Accept.BUSY: Walk.MISS,
+    Accept.NOT_REACHED: Walk.UNACCEPTED,
 }.items():
     _ACCEPT_WALK[_outcome] = _walk
 """What an ACCEPT leads to: in all but the first three cases the guest makes the same call again."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cvmcore.pages import as_sel, contiguous, run
 from cvmcore_tdx.errors import describe
-from cvmcore_tdx.hw import SeptState
+from cvmcore_tdx.hw import Accept, SeptState
 
 S = SeptState
 RELAXED = settings(
@@ -75,7 +75,9 @@ def play(world: Any, move: Move) -> tuple[int, str, list[int]]:
             if accepted is None:
                 return 0, "", []
             outcome = np.broadcast_to(np.asarray(accepted.outcome), n).tolist()
-            return 0, str(outcome), []
+            refused = next((i for i, one in enumerate(outcome) if one > Accept.ALREADY_ACCEPTED), n)
+            assert set(outcome[refused:]) <= {Accept.NOT_REACHED, *outcome[refused : refused + 1]}
+            return 0, str(outcome[: refused + 1]), []
         case _:
             raise AssertionError(name)
     back = result.pfns
@@ -100,6 +102,8 @@ def one_by_one(world: Any, move: Move) -> tuple[int, str, list[int]]:
         n, status, frames = play(world, page)
         if name == "accept":
             outcomes.append(status.strip("[]"))
+            if status and int(outcomes[-1]) > Accept.ALREADY_ACCEPTED:
+                break
             continue
         done += n
         back += frames

@@ -111,12 +111,13 @@ def test_statuses_of_accept(world: Any) -> None:
     assert describe(accept(world.tdr, 0, run(1030, 1)).status()) == "TDX_PAGE_ALREADY_ACCEPTED|level 1"
     assert accept(world.tdr, 0, run(5, 1)).status() is None
     world.aug(run(5, 1), run(50, 1))
-    mixed = accept(world.tdr, 0, np.array([5, 6, 1030]))
-    assert [mixed.status(i) for i in range(3)] == [0, None, 0x0000_0B0A << 32 | 1]
+    mixed = accept(world.tdr, 0, np.array([5, 1030, 1536]))
+    assert [mixed.status(i) for i in range(3)] == [0, 0x0000_0B0A << 32 | 1, None]
 
 
 def test_a_mixed_batch(world: Any) -> None:
-    """Each page of an accept or an access stands for itself; frames are given for those that are OK."""
+    """Each page of an access stands for itself, an accept ends at the first that is not accepted; frames are given for
+    those that are OK."""
     world.run()
     world.tables(1024, 2)
     world.tables(512, 1)
@@ -130,9 +131,25 @@ def test_a_mixed_batch(world: Any) -> None:
     assert walk.status.tolist() == [0, 0, 0, 0, 1, 2, 2, 1, 0, 0, 1, 1]
     assert walk.pfns[walk.status == 0].tolist() == [90, 70, 71, 72, 1024, 1500]
     accepted = world.module.tdg_mem_page_accept(world.tdr, 0, gfns)
-    assert accepted.outcome.tolist() == [1, 1, 1, 1, 3, 0, 0, 3, 1, 1, 3, 3]
-    assert world.entry(0, 515) == (S.MAPPED, 103)
-    assert world.entry(0, 513) == (S.PENDING, 101)
+    assert accepted.outcome.tolist() == [1, 1, 1, 1, 3, 6, 6, 6, 6, 6, 6, 6]
+    assert world.entry(0, 515) == (S.PENDING, 103)
+    assert [accepted.status(i) for i in (0, 4, 5)] == [0x0000_0B0A << 32, None, None]
+    accepted = world.module.tdg_mem_page_accept(world.tdr, 0, gfns[5:])
+    assert accepted.outcome.tolist() == [0, 0, 3, 6, 6, 6, 6]
+    assert [world.entry(0, gfn) for gfn in (512, 513, 515)] == [(S.MAPPED, 100), (S.PENDING, 101), (S.MAPPED, 103)]
+
+
+def test_pages_right_behind_one_that_is_refused_for_the_same_reason(world: Any) -> None:
+    """The host has to do the same for each of them, so that they are told together; then nothing is reached."""
+    world.run(1024)
+    world.tables(512, 1)
+    world.aug(run(512, 2), run(100, 2))
+    world.aug(run(520, 1), run(102, 1))
+
+    accepted = world.module.tdg_mem_page_accept(world.tdr, 0, np.array([512, 514, 515, 516, 520, 521]))
+
+    assert accepted.outcome.tolist() == [0, 3, 3, 3, 6, 6]
+    assert world.entry(0, 520) == (S.PENDING, 102)
 
 
 def test_pages_of_both_sizes_in_one_state(world: Any) -> None:

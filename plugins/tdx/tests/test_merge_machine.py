@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import rule, run_state_machine_as_test
 
 from cvmcore.testing.machine import UapiMachine
+from cvmcore.types import PG_LEVEL_2M, PG_LEVEL_4K
 from cvmcore_tdx.ops import TDX
 
 
@@ -47,3 +48,25 @@ def test_anything_goes(merge: str, walker: str) -> None:
         max_examples=6, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck),
         derandomize=True, database=None, print_blob=False, phases=(Phase.explicit, Phase.generate),
     ))  # fmt: skip
+
+
+def test_a_page_that_cannot_be_split_stays_large() -> None:
+    """Dirty logging splits what it can (kernel: kvm_mmu_try_split_huge_pages): a failure is no error of the call."""
+
+    class Bound(Merging):
+        host_options: ClassVar[dict[str, Any]] = {"backing": "2m", "options": {"page_aug": "2m"}}
+
+    machine = Bound()
+    machine.accept_block(block=0, vcpu=0)
+    machine.write(gfns=[0], private=True, vcpu=0)
+    root = machine.vm.tdp.root_for(True)
+    assert root.level_at(0) == PG_LEVEL_2M
+    machine.injector.aim("split_private_spt")
+
+    machine.split(pick=0)
+
+    assert machine.injector.fired == "split_private_spt"
+    assert root.level_at(0) == PG_LEVEL_2M
+    machine.split(pick=0)
+    assert root.level_at(0) == PG_LEVEL_4K
+    machine.teardown()
