@@ -67,11 +67,12 @@ class Lockdep:
         self.held = Held("main")
 
     def __call__(self, steps: Steps[R]) -> R:
-        outer = len(self.held.locks)
+        outer, answer = len(self.held.locks), None
         left, last = ENDLESS, ""
         try:
             while True:
-                effect = next(steps)
+                effect = steps.send(answer)
+                answer = None
                 left -= 1
                 if left < 8:
                     last += f"{effect.name}; "
@@ -81,6 +82,8 @@ class Lockdep:
                     continue
                 if effect.takes is None:
                     self.held.drop(effect.lock)
+                elif effect.tries and self.is_busy():
+                    answer = BUSY
                 else:
                     self.held.take(effect.lock, effect.takes)
         except StopIteration as stop:
@@ -92,6 +95,10 @@ class Lockdep:
         except Exception:
             del self.held.locks[outer:]
             raise
+
+    def is_busy(self) -> bool:
+        """Whether the lock that is tried now is somebody else's. Nobody else is there."""
+        return False
 
 
 # ---- locks that are really taken ------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from cvmcore.events import Event
 from cvmcore.hookspecs import API_VERSION, HOOKS
 from cvmcore.host import Host
 from cvmcore.observers import Log, observes
+from cvmcore.pages import contiguous
 from cvmcore.runner import load_profile_for
 from cvmcore.sched import Lockdep
 from cvmcore.testing.faults import ANSWERS, BusyLock, Failing, FailingHook, FailingMemory, at_every_place
@@ -46,7 +47,7 @@ from cvmcore.types import (
     MemoryFault,
     Use,
 )
-from cvmcore.uapi import Process
+from cvmcore.uapi import FALLOC_FL_KEEP_SIZE, Process
 from cvmcore.vcpu import Accept, Convert, Touch
 
 SMALL = 24
@@ -118,7 +119,8 @@ class Bench:
         return host
 
     def done(self, host: Host, *, leaks: bool = False) -> None:
-        """All VMs are gone: nothing is left; and nothing was leaked, where nothing had failed."""
+        """All VMs are gone: nothing is left, and free frames are the host's; and nothing was leaked, where nothing had
+        failed."""
         assert not host.vms, "a VM is not destroyed, though nobody holds it"
         self.checker.check_idle()
         left = host.frames.outstanding()
@@ -126,6 +128,22 @@ class Bench:
         assert not meta, f"frames are in use though all VMs are gone: {meta}"
         if not leaks:
             assert not host.frames.leaked(), f"{host.frames.leaked()} frames were leaked, and nothing had failed"
+        _frames_are_the_hosts(host)
+
+
+def _frames_are_the_hosts(host: Host) -> None:
+    """The host may write to every frame that is free."""
+    frames = host.frames
+    free = np.flatnonzero(frames.use == Use.FREE)
+    free = free[(free > 0) & ((free < frames.top) | (free >= frames.bottom))]  # the others were never used
+    if not len(free) or host.host_access(contiguous(free), True) is HostVerdict.OK:
+        return
+    bad = next(pfn for pfn in free.tolist() if host.host_access(slice(pfn, pfn + 1, 1), True) != HostVerdict.OK)
+    verdict = host.host_access(slice(bad, bad + 1, 1), True)
+    raise InvariantViolation(
+        "the host has a frame back that it cannot write to", number=17, pfn=bad, states={"verdict": verdict.name},
+        events=host.last_events(),
+    )  # fmt: skip
 
 
 # ---- the table ------------------------------------------------------------------------------------------------
@@ -243,21 +261,6 @@ def life_once(bench: Bench) -> None:
     player.check()
     player.exit()
     bench.done(host)
-    _frames_are_the_hosts(bench, host)
-
-
-def _frames_are_the_hosts(bench: Bench, host: Host) -> None:
-    """The host may write to every frame that is free; what it writes it reads again."""
-    free = np.flatnonzero(host.frames.use[: host.frames.top] == Use.FREE)
-    free = free[free > 0]
-    if len(free):
-        verdict = host.host_access(free, True)
-        if verdict is not HostVerdict.OK:
-            bad = next(pfn for pfn in free.tolist() if host.host_access(slice(pfn, pfn + 1, 1), True) != HostVerdict.OK)
-            raise InvariantViolation(
-                "the host has a frame back that it cannot write to", number=17, pfn=bad,
-                states={"verdict": verdict.name}, events=host.last_events(),
-            )  # fmt: skip
 
 
 @check("life.frames_again")
@@ -663,7 +666,7 @@ def content_punch_unbound(bench: Bench) -> None:
     player.write(range(SMALL))
     player.delete_slot()
     player.punch(range(8))
-    _frames_are_the_hosts(bench, host)
+    _frames_are_the_hosts(host)
     player.add_slot()
     player.write(range(SMALL))
     player.check()
@@ -672,7 +675,6 @@ def content_punch_unbound(bench: Bench) -> None:
     player.process.close(player.fd)
     player.exit()
     bench.done(host)
-    _frames_are_the_hosts(bench, host)
 
 
 @check("content.memslot", SLOTS_CHANGE)
@@ -821,7 +823,24 @@ def large_parts(bench: Bench) -> None:
             player.check()
     player.exit()
     bench.done(host)
-    _frames_are_the_hosts(bench, host)
+
+
+@check("large.punch", PRIVATE_GMEM)
+def large_punch(bench: Bench) -> None:
+    """Holes take parts of large pages, or whole ones, or pages that were allocated and never used."""
+    n = 4 * BLOCK if bench.large else SMALL
+    host = bench.host()
+    player = Player(host, n)
+    player.process.fallocate(player.fd, FALLOC_FL_KEEP_SIZE, 0, n * PAGE_BYTES)
+    player.write([1, 3])
+    player.punch(range(n))
+    for holes in (range(2, 9), range(8, n - 3), range(n // 4, 3 * n // 4), range(n - 1), range(n)):
+        player.write(range(n))
+        player.punch(holes)
+        _frames_are_the_hosts(host)
+        player.check()
+    player.exit()
+    bench.done(host)
 
 
 @check("large.small_first")
@@ -863,14 +882,24 @@ def large_accept(bench: Bench) -> None:
 
 @check("accept.first", Needs("needs_accept", lambda caps: caps.needs_accept))
 def accept_first(bench: Bench) -> None:
-    """A page that the guest has not accepted it cannot use: it gets an exception, or dies of it."""
-    host = bench.host()
-    player = Player(host)
-    player.write(range(4))
-    leave = player.vcpus[0].run(Touch(slice(9, 10, 1), write=True, stamps=5))
-    assert leave is not None, "a page is used though it was not accepted"
-    player.exit()
-    bench.done(host)
+    """A page that the guest has not accepted it cannot use: it gets an exception, or dies of it. So after a hole, or
+    when the page was shared meanwhile: it is a new one."""
+    for since in ("", "punched", "converted"):
+        host = bench.host()
+        player = Player(host)
+        player.write(range(4))
+        if since == "punched" and player.fd >= 0:
+            player.write([9])
+            player.punch(range(9, 10))
+        elif since == "converted" and not bench.caps.conversion_keeps_content:
+            player.write([9])
+            player.convert([9], False)
+            player.write([9])
+            player.convert([9], True)
+        leave = player.vcpus[0].run(Touch(slice(9, 10, 1), write=True, stamps=5))
+        assert leave is not None, f"a page is used though it was not accepted {since and f'since it was {since}'}"
+        player.exit()
+        bench.done(host)
 
 
 @check("accept.stops", Needs("needs_accept, private_by_attribute", lambda c: c.needs_accept and c.private_by_attribute))
@@ -1145,13 +1174,14 @@ def story(player: Player) -> None:
     player.check()
 
 
-def _told(bench: Bench, failing: Failing, *, dies: bool = False, leaks: bool = False) -> None:
+def _told(bench: Bench, *failures: Failing, dies: bool = False, leaks: bool = False) -> None:
     """The story with a failure on the way. dies: the VM may be dead of it; leaks: the vendor may leak, and list, what
     it could not take back."""
     host = bench.host()
-    failing.install(host)
-    if isinstance(failing, BusyLock):
-        bench.checker = Checker.on(host)
+    for failing in failures:
+        failing.install(host)
+        if isinstance(failing, BusyLock):
+            bench.checker = Checker.on(host)
     process = Process(host)
     image = [b"image"]
     died, failed = False, Failed()
@@ -1172,11 +1202,16 @@ def _told(bench: Bench, failing: Failing, *, dies: bool = False, leaks: bool = F
 
 
 def _fail_everywhere(
-    bench: Bench, make: Callable[[int], Failing], what: str, *, dies: bool = False, leaks: bool = False
+    bench: Bench, make: Callable[[int], Failing], what: str, *, dies: bool = False, leaks: bool = False,
+    places: int | None = None,
 ) -> int:
     most = FAILS_MOST * bench.effort if not bench.setting.options else 2
     n = 0
-    for nth, error in at_every_place(make, lambda f: _told(bench, f, dies=dies, leaks=leaks), most=most):
+
+    def tell(failing: Failing) -> None:
+        _told(bench, failing, dies=dies, leaks=leaks)
+
+    for nth, error in at_every_place(make, tell, most=most, places=places):
         n += 1
         if error is not None:
             error.add_note(f"with {what} failing for the {nth}. time")
@@ -1187,10 +1222,11 @@ def _fail_everywhere(
 @check("failure.hooks")
 def failure_hooks(bench: Bench) -> None:
     """Every hook that may fail fails at each of its calls in turn: nothing is lost, leaked or inconsistent."""
-    host = bench.host(checked=False)
-    for hook in ANSWERS:
-        if host.ops.has(hook):
-            _fail_everywhere(bench, lambda nth, hook=hook: FailingHook(hook, nth), hook)  # type: ignore[misc]
+    ops = bench.host(checked=False).ops
+    counting = [FailingHook(hook) for hook in ANSWERS if ops.has(hook)]
+    _told(bench, *counting)
+    for hook, places in [(one.hook, one.seen) for one in counting]:
+        _fail_everywhere(bench, lambda nth, hook=hook: FailingHook(hook, nth), hook, places=places)  # type: ignore[misc]
 
 
 @check("failure.memory")

@@ -32,12 +32,12 @@ class Cell:
 
 
 def _rmp() -> Iterator[Cell]:
-    """Each check of each RMP instruction left out."""
+    """Each check of each RMP instruction lets pass what it should stop."""
     hw = importlib.import_module("cvmcore_sev.hw")
     for table in (f"{name}_CHECKS" for name in ("RMPUPDATE", "PSMASH", "PVALIDATE", "ACCESS", "RMPADJUST", "VMRUN")):
         for i, (fact, _) in enumerate(getattr(hw, table)):
-            name = f"rmp {table.removesuffix('_CHECKS').lower()}: no check '{fact}'"
-            yield Cell(name[:51], "snp", "cvmcore_sev.hw", table, (i,), "drop", RMP_TESTS, True)
+            name = f"rmp {table.removesuffix('_CHECKS').lower()}: lets pass '{fact}'"
+            yield Cell(name[:51], "snp", "cvmcore_sev.hw", table, (i,), "pass", RMP_TESTS, True)
 
 
 def _sept() -> Iterator[Cell]:
@@ -72,9 +72,9 @@ def apply(cell: Cell) -> None:
     """Change the cell, in this process."""
     hw = importlib.import_module(cell.module)
     table = getattr(hw, cell.table)
-    if cell.change == "drop":
-        kept = tuple(row for i, row in enumerate(table) if i != cell.path[0])
-        setattr(hw, cell.table, kept)
+    if cell.change == "pass":
+        rows = tuple((fact, code if i != cell.path[0] else type(code)(0)) for i, (fact, code) in enumerate(table))
+        setattr(hw, cell.table, rows)
     elif cell.change == "refuse":
         state = next(s for s in table.next if s.name == cell.path[0])
         wrong = attrs.evolve(table, next={s: n for s, n in table.next.items() if s is not state})

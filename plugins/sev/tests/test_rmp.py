@@ -307,6 +307,7 @@ def test_no_guest_has_an_asid_that_an_entry_cannot_hold(asid):
         ("VMPL0 probe at VMPL1", S.GUEST_VALID, K, {"vmpl": 1, "target_vmpl": 1}, R.FAIL_PERMISSION),
         ("unassigned", S.HYPERVISOR, K, {}, R.NPF_RMP),
         ("asid differs", S.GUEST_VALID, K, {"asid": 2}, R.NPF_RMP),
+        ("gpa differs", S.GUEST_VALID, K, {"gfn": 0x402}, R.NPF_RMP),
         ("immutable", S.PRE_SWAP, K, {}, R.NPF_RMP),
         ("4K on 2M", S.GUEST_VALID, M, {}, R.NPF_SIZEM),
         ("2M on 4K", S.GUEST_VALID, K, {"level": M}, R.FAIL_SIZEMISMATCH),
@@ -354,6 +355,23 @@ def test_rmpread_shows_whether_the_2m_region_is_used():
     hw = hardware()
     make(hw, S.GUEST_VALID, 600, gfn=5)
     assert hw.rmp.rmpread(run(511, 3)).hpage_region_status.tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("stopped_by", ["an entry in use", "a frame that is not covered"])
+def test_a_guest_is_stopped_at(stopped_by):
+    """Whatever it does to the page: PVALIDATE, RMPADJUST, RMPQUERY, an access."""
+    hw = hardware()
+    make(hw, S.GUEST_VALID, 9, gfn=5)
+    page, gfns = run(9, 1), run(5, 1)
+    if stopped_by == "an entry in use":
+        lock(hw, 9)
+    else:
+        page = run(NR_FRAMES, 1)
+        assert hw.rmp.vmrun(NR_FRAMES, 5, 1) == R.VMEXIT_INVALID
+    assert int(np.max(hw.rmp.pvalidate(page, gfns, asid=1, validate=False))) == R.NPF_RMP
+    assert int(np.max(hw.rmp.rmpadjust(page, gfns, asid=1, target_vmpl=1, perms=PERM_READ))) == R.NPF_RMP
+    assert int(hw.rmp.rmpquery(page, gfns, asid=1, target_vmpl=1)[0][0]) == R.NPF_RMP
+    assert int(np.max(hw.rmp.check_private(page, gfns, asid=1))) == R.NPF_RMP
 
 
 # ---- 4 access checks -----------------------------------------------------------------------------------------------
