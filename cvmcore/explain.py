@@ -545,7 +545,7 @@ def read_log(
                     if values.get("cvmcore_events") != 1:
                         raise InputError(f"{path}: is no event log of cvmcore: the first line does not say so")
                     continue
-                _feed(found, make, values, f"{path}, line {number}")
+                _feed(found, make, values, f"{path}:{number}")
                 if number % 10_000 == 0:
                     progress(file.tell(), size, "read")
     except OSError as error:
@@ -559,7 +559,7 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     except ValueError:
         values = None
     if not isinstance(values, dict):
-        raise InputError(f"{path}, line {number}: is no JSON object")
+        raise InputError(f"{path}:{number}: this is no JSON object")
     return values
 
 
@@ -579,4 +579,4 @@ def _feed(found: dict[str, Explain], make: Callable[[], Explain], values: dict[s
         found[backend].blurred += "gfns_more" in values
         found[backend].note(event, *pages)  # type: ignore[arg-type]
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise InputError(f"{where}: is no event") from None
+        raise InputError(f"{where}: this is no event") from None

@@ -86,7 +86,7 @@ class ModelFront:
         inode = file.inode
         found: dict[str, Any] = {"allocated": inode.allocated}
         if inode.allocated <= FEW_PAGES:
-            pages = np.flatnonzero(inode.words)
+            pages = np.flatnonzero(inode.words) if inode.allocated else np.zeros(0, np.int64)
             first = np.flatnonzero(np.diff(pages, prepend=-2) != 1)
             lengths = np.diff(first, append=len(pages))
             found["pages"] = [[int(pages[at]), int(n)] for at, n in zip(first, lengths, strict=True)]
@@ -192,7 +192,10 @@ class ModelFront:
         return self._install(self.process.create_vm())
 
     def _check_extension(self, vm: int, cap: int) -> Answer:
-        return {"value": self._vm_at(vm, "KVM_CHECK_EXTENSION").check_extension(cap)}
+        target = self._vm_at(vm, "KVM_CHECK_EXTENSION")
+        if cap not in (known := target.extensions()):
+            raise InputError(f"the model knows nothing of capability {cap}, but of {', '.join(map(str, known))}")
+        return {"value": target.check_extension(cap)}
 
     def _create_vcpu(self, vm: int, id: int) -> Answer:
         return self._install(self._vm_at(vm, "KVM_CREATE_VCPU").create_vcpu(id))

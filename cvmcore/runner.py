@@ -141,9 +141,9 @@ def run(
         raise InputError(f"workload {workload.name} reads no file, and '{file}' was given")
     mem_bytes = workload.mem_bytes(file) if setup.mem_bytes is None else setup.mem_bytes
     if mem_bytes % PAGE_BYTES or not 0 < mem_bytes <= MAX_MEM_BYTES:
-        raise InputError(f"{mem_bytes} bytes of guest memory: it must be whole 4K pages, up to {MAX_MEM_BYTES >> 30}G")
+        raise InputError(f"--mem: {mem_bytes} bytes are not whole 4K pages, one at least, up to {MAX_MEM_BYTES >> 30}G")
     if not 0 < setup.vcpus <= MAX_VCPUS:
-        raise InputError(f"{setup.vcpus} vCPUs: it must be 1 to {MAX_VCPUS}")
+        raise InputError(f"--vcpus: {setup.vcpus} is not from 1 to {MAX_VCPUS}")
     host = Host(
         backend,
         load_profile_for(backend, setup.profile),

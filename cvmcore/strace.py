@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import attrs
 
 from cvmcore.errors import InputError
+from cvmcore.script import located
 
 Line: TypeAlias = dict[str, Any]
 
@@ -66,14 +67,17 @@ class Importer:
         self._waiting: dict[str, str] = {}
 
     def lines(self, lines: Iterable[str], source: str) -> Iterator[str]:
-        """The lines of the script. Raises InputError where nothing in the input is a system call."""
+        """The lines of the script. Raises InputError where nothing in the input is a system call, and, with file and
+        line, where an argument is not understood."""
         seen = 0
-        for text in lines:
+        for number, text in enumerate(lines, 1):
             call = self._whole(text.rstrip("\n"))
             if call is None:
                 continue
             seen += 1
-            for line in self._call(*call):
+            with located(source, number):
+                found = list(self._call(*call))
+            for line in found:
                 if isinstance(line, str):
                     yield f"# {line}"
                 else:
@@ -136,7 +140,7 @@ class Importer:
             kind, op = made
             more: Line = {}
             if op == "create_guest_memfd":
-                fields = _fields(rest)
+                fields = _fields(rest, ("size", "flags"))
                 if fields is None:
                     yield self._comment(request)
                     return
@@ -152,14 +156,14 @@ class Importer:
                 self.fds[result] = line["name"]
             yield line | {"answer": {"status": status}}
         elif request in _PLAIN:
-            fields = _fields(rest)
+            op, keys = _PLAIN[request]
+            fields = _fields(rest, keys.values())
             if fields is None:
                 yield self._comment(request)
                 return
-            op, keys = _PLAIN[request]
             line = {"op": op, ("vcpu" if op == "pre_fault_memory" else "vm"): name}
             for key, field in keys.items():
-                line[key] = _number(fields.get(field, "0"))
+                line[key] = _number(fields[field])
             if "hva" in line:
                 yield from self._backed(line)
             if "fd" in line:
@@ -270,13 +274,14 @@ def _arguments(text: str) -> list[str]:
     return [*parts, text[start:].strip()]
 
 
-def _fields(rest: list[str]) -> dict[str, str] | None:
-    """The fields of a structure that strace decoded; None where it shows a pointer."""
+def _fields(rest: list[str], wanted: Iterable[str]) -> dict[str, str] | None:
+    """The fields of a structure that strace decoded; None where it shows a pointer, or leaves a wanted one out."""
     if not rest or not rest[0].startswith("{"):
         return None
     inner = rest[0][1:].rsplit("}", 1)[0]
     pairs = (part.partition("=") for part in _arguments(inner))
-    return {name: value for name, equals, value in pairs if equals}
+    fields = {name: value for name, equals, value in pairs if equals}
+    return fields if fields.keys() >= set(wanted) else None
 
 
 def _number(text: str) -> int:

@@ -54,8 +54,12 @@ MAX_VCPU_IDS = 4096
 MAX_GFN = 1 << 36
 """First gfn that no memslot may reach (guest physical addresses of 48 bits)."""
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
+KVM_CAP_NR_MEMSLOTS, KVM_CAP_READONLY_MEM, KVM_CAP_USER_MEMORY2, KVM_CAP_MEMORY_FAULT_INFO = 10, 81, 231, 232
 KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_GUEST_MEMFD, KVM_CAP_PRE_FAULT_MEMORY, KVM_CAP_GUEST_MEMFD_FLAGS = 233, 234, 236, 244
 PAGE_MASK = PAGE_BYTES - 1
+PIECE = 1 << 20
+U32, U64 = 1 << 32, 1 << 64
+"""Fields of KVM's structures have no sign: what a VMM writes there is taken modulo these."""
 
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Steps[Any]])
@@ -296,6 +300,8 @@ class Process:
         inode = self._file(fd, "fallocate").inode
         if offset < 0 or size_bytes <= 0:
             raise UapiError(errno.EINVAL, "fallocate", "offset and length must be positive")
+        if offset + size_bytes >= 1 << 63:
+            raise UapiError(errno.EFBIG, "fallocate", "beyond what a file can have")
         if not mode & FALLOC_FL_KEEP_SIZE or mode & ~(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE):
             raise UapiError(errno.EOPNOTSUPP, "fallocate", "only KEEP_SIZE, with or without PUNCH_HOLE")
         if offset & PAGE_MASK or size_bytes & PAGE_MASK:
@@ -352,17 +358,23 @@ class VmFd:
         return self.vm.host.drive
 
     def check_extension(self, cap: int) -> int:
-        """KVM_CHECK_EXTENSION."""
+        """KVM_CHECK_EXTENSION; 0 for what is not among `extensions`."""
         self._alive("KVM_CHECK_EXTENSION")
+        return self.extensions().get(cap, 0)
+
+    def extensions(self) -> dict[int, int]:
+        """What KVM_CHECK_EXTENSION says of the capabilities that are about memory, by number."""
         caps = self.vm.caps
-        values = {
-            10: NR_MEMSLOTS,
+        return {
+            KVM_CAP_NR_MEMSLOTS: NR_MEMSLOTS,
+            KVM_CAP_READONLY_MEM: int(caps.read_only_slots),
+            KVM_CAP_USER_MEMORY2: 1,
+            KVM_CAP_MEMORY_FAULT_INFO: 1,
             KVM_CAP_MEMORY_ATTRIBUTES: KVM_MEMORY_ATTRIBUTE_PRIVATE if caps.private_by_attribute else 0,
             KVM_CAP_GUEST_MEMFD: int(caps.gmem_backed),
             KVM_CAP_PRE_FAULT_MEMORY: int(caps.prefault),
             KVM_CAP_GUEST_MEMFD_FLAGS: self._gmem_flags(),
         }
-        return values.get(cap, 0)
 
     def _gmem_flags(self) -> int:
         if not self.vm.caps.gmem_backed:
@@ -427,7 +439,8 @@ class VmFd:
 
     def set_user_memory_region(self, slot: int, flags: int, gpa: int, size_bytes: int, hva: int) -> None:
         """KVM_SET_USER_MEMORY_REGION (v1)."""
-        if flags & ~(KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY):
+        self._alive("KVM_SET_USER_MEMORY_REGION")
+        if flags % U32 & ~(KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY):
             raise UapiError(errno.EINVAL, "KVM_SET_USER_MEMORY_REGION", f"flags {flags:#x}")
         self.set_user_memory_region2(slot, flags, gpa, size_bytes, hva)
 
@@ -448,6 +461,8 @@ class VmFd:
         call = "KVM_SET_USER_MEMORY_REGION2"
         vm, caps = self.vm, self.vm.caps
         self._alive(call)
+        slot, flags = slot % U32, flags % U32
+        gpa, size_bytes, hva, gmem_offset = gpa % U64, size_bytes % U64, hva % U64, gmem_offset % U64
 
         def bad(why: str, error: int = errno.EINVAL) -> UapiError:
             return UapiError(error, call, why)
@@ -461,12 +476,11 @@ class VmFd:
             raise bad(f"flags {flags:#x}")
         if flags & KVM_MEM_GUEST_MEMFD and flags & (KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY):
             raise bad("guest_memfd slots cannot be logged or read only")
-        if (size_bytes | gpa | hva) & PAGE_MASK or not 0 <= hva <= TASK_SIZE - size_bytes:
+        if (size_bytes | gpa | hva) & PAGE_MASK or hva > TASK_SIZE - size_bytes:
             raise bad("size, gpa and hva must be whole pages, hva a user address")
-        gmem_offset %= 1 << 64  # __u64, which becomes a loff_t when the range is bound
-        if flags & KVM_MEM_GUEST_MEMFD and (gmem_offset & PAGE_MASK or gmem_offset + size_bytes >= 1 << 64):
+        if flags & KVM_MEM_GUEST_MEMFD and (gmem_offset & PAGE_MASK or gmem_offset + size_bytes >= U64):
             raise bad("the guest_memfd offset must be a whole page, and offset + size must not wrap")
-        if as_id > 0 or gpa + size_bytes >= 1 << 64 or gpa < 0 or size_bytes < 0:
+        if as_id > 0 or gpa + size_bytes >= U64:
             raise bad("no such address space, or gpa + size wraps")
         npages = size_bytes // PAGE_BYTES
         if npages > MAX_NR_PAGES:
@@ -542,6 +556,7 @@ class VmFd:
         ENOENT where the slot does not exist or is not logged; EINVAL for a bad id.
         """
         self._alive("KVM_GET_DIRTY_LOG")
+        slot %= U32
         if slot & 0xFFFF >= NR_MEMSLOTS or slot >> 16:
             raise UapiError(errno.EINVAL, "KVM_GET_DIRTY_LOG", f"slot id {slot}")
         yield self.vm.slots_lock.write
@@ -563,11 +578,12 @@ class VmFd:
         vm = self.vm
         if not vm.caps.private_by_attribute:
             raise UapiError(errno.ENOTTY, call, "this VM type has no memory attributes")
+        gpa, size_bytes = gpa % U64, size_bytes % U64
         if flags:
             raise UapiError(errno.EINVAL, call, f"flags {flags:#x}")
         if attributes & ~KVM_MEMORY_ATTRIBUTE_PRIVATE:
             raise UapiError(errno.EINVAL, call, f"attributes {attributes:#x}")
-        if size_bytes <= 0 or gpa < 0 or gpa + size_bytes >= 1 << 64:
+        if size_bytes == 0 or gpa + size_bytes >= U64:
             raise UapiError(errno.EINVAL, call, "the size is 0 or wraps")
         if (gpa | size_bytes) & PAGE_MASK:
             raise UapiError(errno.EINVAL, call, "gpa and size must be whole pages")
@@ -747,8 +763,9 @@ class VcpuFd:
         call = "KVM_PRE_FAULT_MEMORY"
         vm = self.vcpu.vm
         self.vm._alive(call)
-        if flags or (gpa | size_bytes) & PAGE_MASK or size_bytes <= 0 or gpa < 0 or gpa + size_bytes >= 1 << 64:
-            raise UapiError(errno.EINVAL, call, "flags, or gpa and size are not whole pages")
+        gpa, size_bytes = gpa % U64, size_bytes % U64
+        if flags or (gpa | size_bytes) & PAGE_MASK or size_bytes == 0 or gpa + size_bytes >= U64:
+            raise UapiError(errno.EINVAL, call, "flags, no whole pages, none, or a range that wraps")
         if not (vm.caps.prefault and vm.pre_fault_allowed):
             raise UapiError(errno.EOPNOTSUPP, call, "this VM cannot pre-fault (yet)")
         if vm.caps.shared_gfn_bit and gpa >> 12 & vm.caps.shared_gfn_bit:
@@ -757,7 +774,7 @@ class VcpuFd:
         done = 0
         tries = Tries(vm)
         while done < count(gfns):
-            rest = part(gfns, done, count(gfns))
+            rest = part(gfns, done, min(done + PIECE, count(gfns)))  # of a range that may be all there is
             private = False
             if vm.caps.private_by_attribute:
                 attributes = vm.attributes

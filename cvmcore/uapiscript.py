@@ -353,6 +353,10 @@ class Script:
     # ---- names ------------------------------------------------------------------------------------------------
 
     def _do(self, op: str, **arguments: Any) -> Answer:
+        for name, value in arguments.items():
+            bits = 32 if name in _OF_32_BITS else 63 if op in _OF_OFF_T else 64
+            if isinstance(value, int) and not -(1 << min(bits, 63)) <= value < 1 << bits:
+                raise InputError(f"{name}: {value} has more than {bits} bits")
         return self.front.call(op, arguments)
 
     def _opens(self, name: str, op: str, **arguments: Any) -> Answer:
@@ -410,6 +414,8 @@ class Script:
         return range(at >> 12, (at >> 12) + _counted(pages))
 
 
+_OF_32_BITS = frozenset({"vm", "vcpu", "fd", "slot", "id", "cap", "type", "mode", "whence"})
+_OF_OFF_T = frozenset({"fallocate", "lseek", "ftruncate"})
 _NO_CALLS = frozenset({"play", "play_recording", "do", "state"})
 
 

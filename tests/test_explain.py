@@ -487,10 +487,11 @@ def test_numbers_are_decimal_or_hexadecimal(cvm: Cvm, one: str, other: str) -> N
 
 
 def test_a_page_that_is_never_touched(cvm: Cvm) -> None:
-    """One sentence, and no error: beyond the guest's memory, or within it."""
+    """One sentence, and no error; of a page that the guest does not have, another one."""
     out = cvm(*TOUCH, "-w", "share=10", "--gfn", "200")[1]
     assert out == "gfn 0xc8 in touch on swprot: nothing ever touches it\n"
-    assert cvm(*TOUCH, "--gfn", "5000") == (0, "gfn 0x1388 in touch on swprot: nothing ever touches it\n", "")
+    beyond = "cvm: --gfn 5000 is beyond the guest's memory, which ends at gfn 0x100\n"
+    assert cvm(*TOUCH, "--gfn", "5000") == (2, "", beyond)
     assert cvm(*TOUCH, "--pfn", "0x4000000") == (0, "pfn 0x4000000 in touch on swprot: nothing ever touches it\n", "")
 
 
@@ -539,13 +540,13 @@ EVENT = (
     [
         ([], None),
         (['{"cvmcore_events": 1}'], None),
-        (["no json"], "line 1: is no JSON object"),
-        (["[]"], "line 1: is no JSON object"),
+        (["no json"], ":1: this is no JSON object"),
+        (["[]"], ":1: this is no JSON object"),
         (['{"t_ns": 1}'], "is no event log of cvmcore"),
-        (['{"cvmcore_events": 1}', "{}"], "line 2: is no event"),
-        (['{"cvmcore_events": 1}', '{"backend": "x", "t_ns": 0, "kind": "call",'], "line 2: is no JSON object"),
-        (['{"cvmcore_events": 1}', EVENT, EVENT.replace("[1, 1]", "[1]")], "line 3: is no event"),
-        (['{"cvmcore_events": 1}', EVENT, EVENT.replace('"vm": 0, ', "")], "line 3: is no event"),
+        (['{"cvmcore_events": 1}', "{}"], ":2: this is no event"),
+        (['{"cvmcore_events": 1}', '{"backend": "x", "t_ns": 0, "kind": "call",'], ":2: this is no JSON object"),
+        (['{"cvmcore_events": 1}', EVENT, EVENT.replace("[1, 1]", "[1]")], ":3: this is no event"),
+        (['{"cvmcore_events": 1}', EVENT, EVENT.replace('"vm": 0, ', "")], ":3: this is no event"),
     ],
 )
 def test_a_log_that_is_none(cvm: Cvm, tmp_path: Path, lines: list[str], why: str | None) -> None:
@@ -594,7 +595,7 @@ def test_json_has_the_documented_keys(cvm: Cvm) -> None:
     assert rows == set(value) | set(life) | set(life["steps"][0])
     assert (value["schema"], life["backend"], life["gfn"], life["pfn"]) == (1, "swprot", 3, None)
     assert all(step["depth"] >= 0 and isinstance(step["text"], str) for step in life["steps"])
-    assert not json.loads(cvm(*TOUCH, "--gfn", "5000", "--json")[1])["lives"][0]["touched"]
+    assert not json.loads(cvm(*TOUCH, "-w", "share=10", "--gfn", "200", "--json")[1])["lives"][0]["touched"]
 
 
 def test_a_life_of_a_run_that_goes_wrong(cvm: Cvm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

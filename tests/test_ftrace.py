@@ -361,8 +361,8 @@ def test_more_than_a_few_are_an_error(trace: Write, monkeypatch: pytest.MonkeyPa
     with pytest.raises(InputError) as caught:
         read(path)
 
-    expected = rf"{path}: line {number} is the 6th in a row that is no event as ftrace prints it: ' +CPU 3/KVM-7 .*'"
-    assert re.fullmatch(expected, str(caught.value))
+    expected = rf"{path}:{number}: this line is the 6th in a row that is no event as ftrace prints it: ' +CPU 3/KVM-7 "
+    assert re.match(expected, str(caught.value))
 
 
 def test_a_cut_last_line_is_malformed(trace: Write) -> None:
@@ -377,13 +377,13 @@ def test_a_cut_last_line_is_malformed(trace: Write) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("# tracer: nop\n#\n", "there is no memory access in it (was kvm:kvm_page_fault recorded?)"),
-        ("cpus=4\n", "there is no memory access in it (was kvm:kvm_page_fault recorded?)"),
-        (lines(OTHER), "there is no memory access in it (was kvm:kvm_page_fault recorded?)"),
-        (lines(UNMAP.format(1, 2)), "there is no memory access in it (was kvm:kvm_page_fault recorded?)"),
-        ("#!/bin/sh\necho hello\n", "neither output of valgrind's lackey nor kernel ftrace text nor a cvmcore trace"),
-        ("# a comment\n", "neither output of valgrind's lackey nor kernel ftrace text nor a cvmcore trace"),
-        ("cpus=4\n" + "x\n" * 99, "line 7 is the 6th in a row that is no event as ftrace prints it: 'x'"),
+        ("# tracer: nop\n#\n", ": there is no memory access in it (was kvm:kvm_page_fault recorded?)"),
+        ("cpus=4\n", ": there is no memory access in it (was kvm:kvm_page_fault recorded?)"),
+        (lines(OTHER), ": there is no memory access in it (was kvm:kvm_page_fault recorded?)"),
+        (lines(UNMAP.format(1, 2)), ": there is no memory access in it (was kvm:kvm_page_fault recorded?)"),
+        ("#!/bin/sh\necho hello\n", ": neither output of valgrind's lackey nor kernel ftrace text nor a cvmcore trace"),
+        ("# a comment\n", ": neither output of valgrind's lackey nor kernel ftrace text nor a cvmcore trace"),
+        ("cpus=4\n" + "x\n" * 99, ":7: this line is the 6th in a row that is no event as ftrace prints it: 'x'"),
     ],
     ids=map(str, itertools.count()),
 )
@@ -393,7 +393,7 @@ def test_trace_without_a_touch(trace: Write, content: str, says: str) -> None:
     with pytest.raises(InputError) as caught:
         read(path)
 
-    assert str(caught.value).startswith(f"{path}: {says}")
+    assert str(caught.value).startswith(f"{path}{says}")
 
 
 # ---- against the plainest reading
@@ -458,7 +458,7 @@ def test_any_text_is_a_trace_or_a_sentence(
     try:
         rows, reader = read(path)
     except InputError as error:
-        assert str(error).startswith(f"{path}: line ")
+        assert str(error).startswith(f"{path}:")
         assert "\n" not in str(error)
     else:
         assert rows[0][0] == 0x113600
@@ -698,7 +698,7 @@ def test_unmaps_do_not_move_private_memory(
 @pytest.mark.parametrize(
     ("name", "arguments", "says"),
     [
-        ("junk", [], r"junk: line 7 is the 6th in a row that is no event as ftrace prints it: 'junk'"),
+        ("junk", [], r"junk:7: this line is the 6th in a row that is no event as ftrace prints it: 'junk'"),
         ("cut.zst", [], r"cut\.zst: the zstd data ends too early: the file is truncated"),
         ("cut.gz", [], r"cut\.gz: the gzip data ends too early: the file is truncated"),
         ("other", [], r"other: there is no memory access in it \(was kvm:kvm_page_fault recorded\?\)"),

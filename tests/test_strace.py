@@ -100,12 +100,25 @@ def test_what_an_old_strace_did_not_decode_is_left_out() -> None:
     assert importer.skipped == {"KVM_CREATE_GUEST_MEMFD": 1, "KVM_SET_USER_MEMORY_REGION2": 1}
 
 
+def test_what_strace_cut_short_is_left_out() -> None:
+    """A field that is not shown is not 0."""
+    short = [
+        'openat(AT_FDCWD, "/dev/kvm", O_RDWR) = 3', "ioctl(3, KVM_CREATE_VM, 0) = 4",
+        "ioctl(4, KVM_SET_USER_MEMORY_REGION, {slot=1, flags=0, ...}) = 0",
+        "ioctl(4, KVM_CREATE_GUEST_MEMFD, {flags=0, ...}) = 5", "ioctl(4, KVM_GET_DIRTY_LOG, {...}) = 0",
+    ]  # fmt: skip
+    found, importer = imported("\n".join(short))
+
+    assert [line["op"] for line in found] == ["create_vm"]
+    assert sum(importer.skipped.values()) == 3
+
+
 def test_other_programs_and_garbage() -> None:
     assert imported('openat(AT_FDCWD, "/etc/hosts", O_RDONLY) = 3\nclose(3) = 0\nioctl(1, TCGETS, 0x7f) = 0\n')[0] == []
     assert imported("<... ioctl resumed>) = 0\nread(0, \"a,b)\", 4) = 4\nexit_group(0) = ?\n")[0] == []
     with pytest.raises(InputError, match="no line is a system call"):
         imported("some\ntext\n")
-    with pytest.raises(InputError, match="'KVM_MEM_WHAT' is no number"):
+    with pytest.raises(InputError, match=r"^\w+:\d+: strace's 'KVM_MEM_WHAT' is no number"):
         imported(DECODED.replace("KVM_MEM_LOG_DIRTY_PAGES", "KVM_MEM_WHAT"))
 
 

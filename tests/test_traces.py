@@ -106,7 +106,7 @@ def test_malformed_lackey_line_is_told_with_its_number(trace: Callable[[str], Pa
     with pytest.raises(InputError) as caught:
         read(path)
 
-    assert str(caught.value).startswith(f"{path}: line 3 is not an access as valgrind's lackey writes it: '")
+    assert str(caught.value).startswith(f"{path}:3: this line is not an access as valgrind's lackey writes it: '")
 
 
 ACCESSES = st.lists(
@@ -201,7 +201,7 @@ def test_malformed_record_is_told_with_its_number(trace: Callable[[str], Path], 
     with pytest.raises(InputError) as caught:
         read(path)
 
-    assert str(caught.value).startswith(f"{path}: line 3 ")
+    assert str(caught.value).startswith(f"{path}:3: this line ")
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -277,10 +277,10 @@ def test_progress_reaches_the_whole_file(tmp_path: Path, zipped: bool) -> None:
         (b"", "the file is empty"),
         (b"\n\n\n", NO_TRACE),
         (b"\x7fELF\x02\x01\x01" + bytes(range(256)) * 40, NO_TRACE),
-        (bytes(1 << 20), "line 1 is longer than"),
+        (bytes(1 << 20), ":1: this line is longer than"),
         (b"total 17\ndrwxr-xr-x", NO_TRACE + "; it begins with 'total 17'"),
         (b"==1== Memcheck, an error detector\n", "no memory access in it (was valgrind run with --trace-mem=yes?)"),
-        (b"I  04001000,3\nI  0400", "line 2 has no end: the trace is truncated"),
+        (b"I  04001000,3\nI  0400", ":2: this line has no end: the trace is truncated"),
         (b'{"event": "fault"}\n', 'no cvmcore trace: the first line has no "cvmcore_trace"'),
         (b"{nonsense\n", "the first line begins like JSON and is none"),
         (b'{"cvmcore_trace": 2}\n', "a cvmcore trace of version 2; only 1 can be read"),
@@ -302,7 +302,7 @@ def test_foreign_or_cut_file_is_told_in_one_sentence(trace: Callable[[bytes], Pa
     with pytest.raises(InputError) as caught:
         read(path)
 
-    assert str(caught.value).startswith(f"{path}: ")
+    assert str(caught.value).startswith(f"{path}:")
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -351,7 +351,7 @@ def test_any_file_is_a_trace_or_a_sentence(
     try:
         rows = read(path)
     except InputError as error:
-        assert str(error).startswith(f"{path}: ")
+        assert str(error).startswith(f"{path}:")
         assert "\n" not in str(error)
     else:
         assert rows
@@ -464,7 +464,7 @@ def test_reduction_that_fails_leaves_nothing(tmp_path: Path, trace: Callable[[st
     target = tmp_path / "target.jsonl"
     target.write_text("as before")
 
-    with pytest.raises(InputError, match="line 300002 is not a JSON object: 'junk'"):
+    with pytest.raises(InputError, match=":300002: this line is not a JSON object: 'junk'"):
         reduce_trace(source, target)
 
     assert target.read_text() == "as before"

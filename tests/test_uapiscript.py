@@ -30,16 +30,18 @@ SHARED_SLOT = [
 ]
 
 
-def played(lines: list[dict[str, Any]], backend: str = "default", **how: Any) -> tuple[list[dict[str, Any]], Script]:
+def played(
+    lines: list[dict[str, Any]], backend: str = "default", states: bool = False, **how: Any
+) -> tuple[list[dict[str, Any]], Script]:
     """Answers without line and op, and the script as it stands."""
     script = Script(model_front(backend, **how))
-    found = list(script.play(map(json.dumps, lines), "here"))
+    found = [answer for answer, _ in script.play_recording(map(json.dumps, lines), "here", states)]
     return [{k: v for k, v in answer.items() if k not in ("line", "op", "why")} for answer in found], script
 
 
-def only(*lines: dict[str, Any], after: list[dict[str, Any]], backend: str = "default") -> list[dict[str, Any]]:
+def only(*lines: dict[str, Any], after: list[dict[str, Any]], **how: Any) -> list[dict[str, Any]]:
     """Answers to the lines behind a beginning that works."""
-    found, _ = played([*after, *lines], backend)
+    found, _ = played([*after, *lines], **how)
     assert all(answer["status"] == "OK" for answer in found[: len(after)]), found
     return found[len(after) :]
 
@@ -115,6 +117,67 @@ def test_errno_is_the_kernels() -> None:
     ]  # fmt: skip
 
 
+LAST = (1 << 64) - 4096
+
+
+def test_fields_of_64_bits_have_no_sign() -> None:
+    """-4096 is the last page: what ends before it does not wrap. Slot ids have 32 bits."""
+    found = only(
+        {"op": "pre_fault_memory", "gpa": 0, "size": -4096},
+        {"op": "pre_fault_memory", "gpa": 0, "size": LAST},
+        {"op": "pre_fault_memory", "gpa": -8192, "size": 4096},
+        {"op": "pre_fault_memory", "gpa": -4096, "size": 4096},
+        {"op": "pre_fault_memory", "gpa": 4096, "size": -4096},
+        {"op": "set_user_memory_region", "slot": -65536, "gpa": 0, "size": 4096},
+        {"op": "set_user_memory_region", "slot": 1, "gpa": -4096, "size": 4096},
+        {"op": "set_user_memory_region", "slot": 1, "gpa": "1M", "size": -4096},
+        {"op": "get_dirty_log", "slot": -65536},
+        {"op": "fallocate", "fd": "f", "mode": 3, "offset": (1 << 63) - 4096, "size": 4096},
+        {"op": "fallocate", "fd": "f", "mode": 3, "offset": (1 << 63) - 8192, "size": 4096},
+        after=SHARED_SLOT, options={"prefault": "no"},
+    )  # fmt: skip
+
+    assert [answer["status"] for answer in found] == [
+        "EOPNOTSUPP", "EOPNOTSUPP", "EOPNOTSUPP", "EINVAL", "EINVAL", "EINVAL", "EINVAL", "EINVAL", "EINVAL",
+        "EFBIG", "OK",
+    ]  # fmt: skip
+    assert [answer["status"] for answer in played(
+        [SHARED_SLOT[0], {"op": "set_memory_attributes", "gpa": 0, "size": -4096, "attributes": 8}], backend="swprot"
+    )[0]] == ["OK", "ENOMEM"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("backend", "beyond"), [("default", "ENOENT"), ("swprot", "EFAULT")])
+def test_prefault_of_all_there_is(backend: str, beyond: str) -> None:
+    """What has a memslot is done, and what is left is said; where the first page has none, it is an error."""
+    slot = SHARED_SLOT if backend == "default" else PRIVATE_SLOT
+    whole = {"op": "set_memory_attributes", "gpa": 0, "size": "2M", "attributes": 8}
+    lines = [{"op": "pre_fault_memory", "gpa": gpa, "size": size} for gpa, size in ((0, -4096), ("1M", 1 << 62))]
+
+    found = played([*slot, *([whole] if backend == "swprot" else []), *lines], backend)[0][-2:]
+
+    assert found == [{"status": "OK", "gpa": 65536, "size": LAST - 65536}, {"status": beyond}]
+
+
+def test_a_file_may_be_far_larger_than_memory() -> None:
+    """Nobody looks through what was never allocated."""
+    found = played([
+        SHARED_SLOT[0], {"op": "create_guest_memfd", "size": 1 << 50, "flags": 3, "name": "f"},
+        {"op": "fstat", "fd": "f"}, {"op": "fallocate", "fd": "f", "mode": 3, "size": 1 << 50},
+    ], states=True)[0]  # fmt: skip
+
+    assert found[2]["size"] == 1 << 50
+    assert found[3]["state"] == {"f": {"allocated": 0, "pages": [], "content": []}}
+
+
+def test_capabilities_of_memory() -> None:
+    """Of others the model does not say that they are missing."""
+    lines = [{"op": "check_extension", "cap": cap} for cap in (10, 81, 231, 232, 233, 234, 244)]
+
+    assert [answer["value"] for answer in played([SHARED_SLOT[0], *lines])[0][1:]] == [32764, 1, 1, 1, 0, 1, 3]
+    with pytest.raises(InputError, match="the model knows nothing of capability 1, but of 10, 81"):
+        played([SHARED_SLOT[0], {"op": "check_extension", "cap": 1}])
+
+
 @pytest.mark.parametrize(("kernel", "error"), [("6.18", "EINVAL"), ("7.x", "EEXIST")])
 def test_kernels_differ(kernel: str, error: str) -> None:
     second = {**SHARED_SLOT[3], "slot": 1, "gpa": "1M"}
@@ -187,6 +250,9 @@ def test_memory_of_the_vmm() -> None:
     ({"op": "guest_read", "pages": 0, "vcpu": -1}, "pages: 1 to"),
     ({"op": "guest_read", "gfns": [2, 1], "vcpu": -1}, "in ascending order"),
     ({"op": "guest_read", "gfns": [True]}, "'gfns' must be a list, each of it a whole number or null"),
+    ({"op": "pre_fault_memory", "gpa": 1 << 64, "size": 1, "vcpu": -1}, "gpa: 18446744073709551616 has more than 64"),
+    ({"op": "get_dirty_log", "slot": 1 << 32}, "slot: 4294967296 has more than 32 bits"),
+    ({"op": "fallocate", "fd": -1, "size": 1 << 63}, "size: 9223372036854775808 has more than 63 bits"),
     ({"op": "play"}, "there is no operation 'play' here"),
 ])  # fmt: skip
 def test_bad_lines_are_named(line: dict[str, Any], why: str) -> None:

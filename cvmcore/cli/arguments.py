@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +12,20 @@ import typer
 from cvmcore.errors import InputError
 
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def whole(flag: str, least: int = 0, most: int | None = None) -> Callable[[str | int], int]:
+    """What reads the whole number behind an option, and says in this program's words (InputError) what is none."""
+
+    def parse(text: str | int) -> int:
+        value = int(text) if re.fullmatch(r"\d{1,18}", str(text), re.ASCII) else -1
+        if value < least or (most is not None and value > most):
+            limits = f"from {least} on" if most is None else f"from {least} to {most}"
+            raise InputError(f"{flag} '{text}' is no whole number {limits}")
+        return value
+
+    return parse
+
 
 Name = Annotated[str, typer.Argument(metavar="WORKLOAD", help="boot, touch, convert, ...: see `cvm workloads`.")]
 File = Annotated[str | None, typer.Argument(metavar="FILE", help="What the workload reads; - is standard input.")]
@@ -27,14 +41,16 @@ Policies = Annotated[
     typer.Option("-p", "--policy", metavar="NAME=VALUE", help="A choice of the core itself; see docs/design.md."),
 ]
 Mem = Annotated[str | None, typer.Option("--mem", metavar="SIZE", help="Guest memory, as 64G (K, M, G, T).")]
-Vcpus = Annotated[int, typer.Option("--vcpus", metavar="N", help="How many vCPUs.")]
+Vcpus = Annotated[int, typer.Option("--vcpus", metavar="N", help="How many vCPUs.", parser=whole("--vcpus", 1))]
 Backing = Annotated[str, typer.Option("--backing", metavar="4k|2m", help="Largest pages that back memory.")]
 Kernel = Annotated[str, typer.Option("--kernel", metavar="6.18|7.x", help="Whose errno, where kernels differ.")]
 Profiles = Annotated[
     list[str],
     typer.Option("--profile", metavar="[BACKEND=]FILE", help="Prices in place of a backend's own; may be repeated."),
 ]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of everything that happens by chance.", min=0)]
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", help="Of everything that happens by chance.", parser=whole("--seed"))
+]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON in place of a table.")]
 TraceFile = Annotated[
     Path | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cvmcore.cli.arguments import AsJson
+from cvmcore.cli.arguments import AsJson, whole
 from cvmcore.cli.output import WRONG, complain, dump, say, table
 from cvmcore.errors import InputError
 
@@ -23,7 +23,10 @@ def check(
     ] = [],  # noqa: B006
     stop: Annotated[bool, typer.Option("-x", "--stop", help="Stop at the first check that fails.")] = False,
     effort: Annotated[
-        int, typer.Option("--effort", metavar="N", help="How many times as long random checks go on.", min=1)
+        int,
+        typer.Option(
+            "--effort", metavar="N", help="How many times as long random checks go on.", parser=whole("--effort", 1)
+        ),
     ] = 1,
     script: Annotated[
         Path | None, typer.Option("--script", metavar="OUT", help="Write the calls that lead to a failure (cvm uapi).")

@@ -72,13 +72,18 @@ def explain(
     if workload is not None:
         from cvmcore.plugins import load_backend
         from cvmcore.runner import load_workload
+        from cvmcore.types import PAGE_BYTES
 
         name = backend or "swprot"
         prices = parse_profiles(profile, [name]).get(name)
         setup = setup_of(mem, vcpus, backing, kernel, prices, seed, parse_pairs(policy, "-p"))
         options, work = parse_pairs(option, "-o"), parse_pairs(workload_option, "-w")
+        chosen = load_workload(workload)
+        end = (chosen.mem_bytes(file) if setup.mem_bytes is None else setup.mem_bytes) // PAGE_BYTES
+        if page.get("gfn", 0) >= end > 0:
+            raise InputError(f"--gfn {gfn} is beyond the guest's memory, which ends at gfn {end:#x}")
         lives = [Explain(**page)]
-        report = run_one(load_workload(workload), load_backend(name), setup, options, work, file, lives[0])
+        report = run_one(chosen, load_backend(name), setup, options, work, file, lives[0])
         source = workload
     else:
         from cvmcore.progress import Bar

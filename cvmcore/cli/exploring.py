@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cvmcore.cli.arguments import AsJson, Seed
+from cvmcore.cli.arguments import AsJson, Seed, whole
 from cvmcore.cli.output import WRONG, complain, dump, say, table
 from cvmcore.errors import InputError
 
@@ -30,10 +30,17 @@ def explore(
         str | None, typer.Option("--replay", metavar="SCHEDULE", help="Run one schedule again, as 0*5,1*3,0.")
     ] = None,
     at_random: Annotated[
-        int, typer.Option("--random", metavar="N", help="N schedules at random in place of all.", min=0)
+        int,
+        typer.Option("--random", metavar="N", help="N schedules at random in place of all.", parser=whole("--random")),
     ] = 0,
     interruptions: Annotated[
-        int | None, typer.Option("--interruptions", metavar="N", help="Only orders with so many interruptions.", min=0)
+        int | None,
+        typer.Option(
+            "--interruptions",
+            metavar="N",
+            help="Only orders with so many interruptions.",
+            parser=whole("--interruptions"),
+        ),
     ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,

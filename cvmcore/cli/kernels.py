@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from cvmcore.cli.arguments import AsJson, BackendOptions, Backing, Kernel, Policies, Seed, parse_pairs
+from cvmcore.cli.arguments import AsJson, BackendOptions, Backing, Kernel, Policies, Seed, parse_pairs, whole
 from cvmcore.cli.output import WRONG, complain, dump, say, say_json, table
 from cvmcore.cli.scripts import Listing, reading, show_operations
 from cvmcore.errors import InputError, InvariantViolation
@@ -100,7 +100,9 @@ def uapi(
 
 
 def diff_fuzz(
-    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Calls to compare.", min=1)] = 5000,
+    steps: Annotated[
+        int, typer.Option("--steps", metavar="N", help="Calls to compare.", parser=whole("--steps", 1))
+    ] = 5000,
     seed: Seed = 1,
     backend: Annotated[str, typer.Option("--backend", metavar="NAME", help="See `cvm backends`.")] = "default",
     record: Annotated[
@@ -150,7 +152,9 @@ def calibrate(
     backend: Annotated[
         str, typer.Option("--backend", metavar="NAME", help="Whose prices it extends; see `cvm backends`.")
     ] = "default",
-    times: Annotated[int, typer.Option("--times", metavar="N", help="Samples of each.", min=1, max=1000)] = 9,
+    times: Annotated[
+        int, typer.Option("--times", metavar="N", help="Samples of each.", parser=whole("--times", 1, 1000))
+    ] = 9,
 ) -> None:
     """Write a profile with this machine's own prices.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cvmcore.cli.arguments import AsJson, Seed, parse_pairs
+from cvmcore.cli.arguments import AsJson, Seed, parse_pairs, whole
 from cvmcore.cli.output import complain, dump, option_rows, say, table
 from cvmcore.cli.running import plotting
 from cvmcore.errors import InputError, PluginError
@@ -22,7 +22,13 @@ def study(
         list[str], typer.Option("-s", "--study-option", metavar="NAME=VALUE", help="A study's option; may be repeated.")
     ] = [],  # noqa: B006
     uncertainty: Annotated[
-        int, typer.Option("--uncertainty", metavar="N", help="Also at N draws of prices, as sure as they are.", min=0)
+        int,
+        typer.Option(
+            "--uncertainty",
+            metavar="N",
+            help="Also at N draws of prices, as sure as they are.",
+            parser=whole("--uncertainty"),
+        ),
     ] = 0,
     seed: Seed = 0,
     as_json: AsJson = False,

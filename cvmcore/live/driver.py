@@ -64,6 +64,11 @@ def _checked(result: int) -> int:
     return result
 
 
+def _as_int(value: int) -> int:
+    """A number of 32 bits as fcntl.ioctl takes it: with a sign."""
+    return (value + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
 def cachestat(fd: int, offset: int, size: int) -> int:
     """Pages of the page cache in a range of a file; size 0: to its end."""
     wanted = (ctypes.c_uint64 * 2)(offset, size)
@@ -148,13 +153,13 @@ class Driver:
         fd = self._fd(fd)
         if fd < 0:
             raise OSError(errno.EBADF, "")
-        result = fcntl.ioctl(fd, request, argument)
+        result = fcntl.ioctl(fd, request, _as_int(argument) if isinstance(argument, int) else argument)
         return result if isinstance(result, int) else 0
 
     # ---- VMs --------------------------------------------------------------------------------------------------
 
     def do_create_vm(self, type: int) -> Answer:
-        return self._opened(fcntl.ioctl(self.kvm, layouts.KVM_CREATE_VM, type), Vm(type))
+        return self._opened(fcntl.ioctl(self.kvm, layouts.KVM_CREATE_VM, _as_int(type)), Vm(type))
 
     def do_check_extension(self, vm: int, cap: int) -> Answer:
         return {"value": self._ioctl(vm, layouts.KVM_CHECK_EXTENSION, cap)}
@@ -328,10 +333,10 @@ class Driver:
         return {"size": found.st_size, "blocks": found.st_blocks}
 
     def do_read(self, fd: int, size: int) -> Answer:
-        return {"bytes": len(os.read(self._fd(fd), size))}
+        return {"bytes": len(os.read(self._fd(fd), min(size, PAGE)))}  # where there is nothing to read, less will do
 
     def do_write(self, fd: int, size: int) -> Answer:
-        return {"bytes": os.write(self._fd(fd), bytes(size))}
+        return {"bytes": os.write(self._fd(fd), bytes(min(max(size, 0), PAGE)))}
 
     def do_lseek(self, fd: int, offset: int, whence: int) -> Answer:
         return {"offset": _checked(_lseek(self._fd(fd), offset, whence))}

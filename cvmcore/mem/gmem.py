@@ -183,6 +183,8 @@ class GmemInode:
         freed = 0
         stop = min(start + n, self.npages)
         for low in range(start, stop, 1 << 18):
+            if self.allocated == 0:
+                break  # a file may be far larger than what it holds
             window = slice(low, min(low + (1 << 18), stop), 1)
             words = self.words[window]
             held = int(np.count_nonzero(words))

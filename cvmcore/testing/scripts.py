@@ -182,7 +182,7 @@ units: SearchStrategy[Unit] = st.one_of(
     line("read", fd=files, size=st.sampled_from([0, 1, PAGE])),
     line("write", fd=files, size=st.sampled_from([0, 1, PAGE])),
     line("cachestat", fd=files),
-    line("check_extension", cap=st.sampled_from([10, 234, 244])),
+    line("check_extension", cap=st.sampled_from([10, 81, 231, 232, 233, 234, 236, 244])),
     line("dup", fd=files, name=st.sampled_from([*FILES, "d0"])),
     line("close", fd=st.sampled_from([*FILES, "d0"])),
     line("close", fd=st.sampled_from([*VCPUS, "vm", -1, 999])),

@@ -111,17 +111,17 @@ class TraceReader:
         try:
             return next(self._blocks, b"")
         except BadLine as bad:
-            raise InputError(f"{self.name}: line {self.lines + bad.index + 1} {bad}") from None
+            raise InputError(f"{self.name}:{self.lines + bad.index + 1}: this line {bad}") from None
 
     def _parse(self, block: bytes) -> list[Chunk]:
         if self._format.must_end and not block.endswith(b"\n"):
             line = self.lines + block.count(b"\n") + 1
-            raise InputError(f"{self.name}: line {line} has no end: the trace is truncated")
+            raise InputError(f"{self.name}:{line}: this line has no end: the trace is truncated")
         try:
             return self._format.parse(block)
         except BadLine as bad:
             text = _shown(block.split(b"\n")[bad.index])
-            raise InputError(f"{self.name}: line {self.lines + bad.index + 1} {bad}: {text}") from None
+            raise InputError(f"{self.name}:{self.lines + bad.index + 1}: this line {bad}: {text}") from None
 
     def _check_end(self) -> None:
         if self.rows == 0:
