@@ -157,7 +157,10 @@ def ranges(gfns: Sel, one_by_one: bool) -> list[tuple[int, int]]:
 
 
 def convert(box: Box, gfns: Sel, private: bool, one_by_one: bool) -> None:
-    for gfn, n in ranges(gfns, one_by_one):
+    """Pages that have it already are left out: the ioctl would zap those that lie in its range, and not the others."""
+    words = box.vm.attributes.of(gfns)
+    changed = array_of(gfns)[(words != 0) != private]
+    for gfn, n in ranges(sort_unique(changed), one_by_one):
         box.set_private(gfn, n, private)
 
 

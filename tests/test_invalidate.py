@@ -430,6 +430,17 @@ def test_repeating_a_conversion_does_nothing(private: Backend) -> None:
     assert box.mapped() == [3]
 
 
+def test_a_conversion_zaps_what_has_the_attribute_already() -> None:
+    """kvm_vm_set_mem_attributes looks at the range as a whole: if any of it changes, all of it is zapped."""
+    box = Box(SWPROT, 16)
+    box.set_private(3, 1, False)
+    box.touch(3, private=False)
+
+    box.set_private(3, 2, False)
+
+    assert box.mapped() == []
+
+
 def test_conversion_without_a_slot_opens_no_frame(private: Backend) -> None:
     """Attributes are stored all the same (row 22: they exist apart from memslots)."""
     box = Box(private, 16)
