@@ -73,6 +73,7 @@ def at_point(box: Box, where: Effect, event: Any, gfn: int = 3) -> Fault:
 # ---- the plain case -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.assumes(fresh_is_zero=True)
 def test_first_touch_maps_the_page_and_reads_zero(backend: Backend) -> None:
     box = Box(backend, 8)
 
@@ -82,6 +83,7 @@ def test_first_touch_maps_the_page_and_reads_zero(backend: Backend) -> None:
     assert box.read(3) == [1003]
 
 
+@pytest.mark.assumes(confidential=False)
 def test_a_fault_is_fixed_and_a_repeated_one_is_spurious(backend: Backend) -> None:
     """Row 24: a repeated fault gives SPURIOUS and calls no set hook."""
     box = Box(backend, 8)
@@ -95,6 +97,7 @@ def test_a_fault_is_fixed_and_a_repeated_one_is_spurious(backend: Backend) -> No
         assert box.host.hw.calls["set_private_spte"] == before
 
 
+@pytest.mark.assumes(mediated_root=False)
 def test_a_fault_on_old_and_new_pages_is_fixed(backend: Backend) -> None:
     box = Box(backend, 8)
     fault(box, 2)
@@ -129,6 +132,7 @@ def test_private_and_shared_accesses_use_their_own_root() -> None:
     assert (box.mapped(private=True), box.mapped(private=False)) == ([2], [5])
 
 
+@pytest.mark.assumes(has_mirror=False)
 def test_without_a_mirror_both_kinds_use_the_direct_root() -> None:
     box = Box(SWPROT, 8)
     box.set_private(5, private=False)
@@ -204,6 +208,7 @@ def test_a_hole_punched_meanwhile_is_caught() -> None:
     assert box.inode.allocated == 0
 
 
+@pytest.mark.assumes(dirty_logging=True)
 def test_a_frame_that_came_and_went_is_caught_before_the_page_is_looked_up() -> None:
     """The check without a lock (9) looks at the count, too: nothing is allocated, and nothing emulated."""
     box = Box(DEFAULT, 8)
@@ -294,6 +299,7 @@ def test_no_attributes_no_mismatch() -> None:
     assert box.touch(3, private=False) is None
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_pages_below_a_mismatch_are_complete(private: Backend) -> None:
     box = Box(private, 16)
     box.set_private(6, 2, private=False)
@@ -305,6 +311,7 @@ def test_pages_below_a_mismatch_are_complete(private: Backend) -> None:
     assert (action.done, box.mapped(private=True), box.read(slice(4, 6, 1))) == (2, [4, 5], [1004, 1005])
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_the_guest_goes_on_after_the_conversion(private: Backend) -> None:
     """The VMM converts and enters again: the same action is completed."""
     box = Box(private, 16)
@@ -342,6 +349,7 @@ def test_private_access_without_slot(private: Backend) -> None:
         assert box.touch(gfns) == MemoryFault(1 << 32, flags=8)
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_pages_below_the_end_of_memory_are_complete(backend: Backend) -> None:
     box = Box(backend, 8)
     action = box.action(slice(6, 11, 1))
@@ -355,6 +363,7 @@ def test_pages_below_the_end_of_memory_are_complete(backend: Backend) -> None:
     assert (action.done, box.mapped()) == (2, [6, 7])
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_pages_above_the_end_of_memory_scattered(backend: Backend) -> None:
     box = Box(backend, 8)
     action = box.action(sel(1, 6, 20, 700), write=False)
@@ -405,6 +414,7 @@ def test_a_page_that_is_mapped_in_vain_is_told_with_its_place(monkeypatch: pytes
 # ---- step 10: the frame ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.assumes(encrypts=False)
 def test_private_memory_comes_from_gmem_and_shared_from_the_hva(private: Backend) -> None:
     """Row 20: private writes and shared writes do not touch each other's backing."""
     box = Box(private, 8)
@@ -465,6 +475,7 @@ def test_no_memory_for_a_page_of_the_vmm() -> None:
     assert leave.errno == errno.ENOMEM
 
 
+@pytest.mark.assumes(fresh_is_zero=True, zap_destroys_content=False)
 def test_memory_is_zeroed_once() -> None:
     """Zero if not up-to-date: allocated by fallocate only, then touched; a second fault keeps the content."""
     box = Box(SWPROT, 8)
@@ -550,6 +561,7 @@ def test_bad_hva(backend: Backend) -> None:
     assert (leave.errno, action.done) == (errno.EFAULT, 2)
 
 
+@pytest.mark.assumes(max_shared_level=3)
 def test_bad_hva_behind_large_pages() -> None:
     box = Box(DEFAULT, 8, backing="2m")
     hva = box.process.mmap(M2 + 7 * PAGE)
@@ -563,6 +575,7 @@ def test_bad_hva_behind_large_pages() -> None:
     assert box.level(1 << 18) == 2
 
 
+@pytest.mark.assumes(honours_notifiers=True)
 def test_a_slot_over_two_mappings() -> None:
     box = Box(DEFAULT, 8)
     low = box.process.mmap(1 << 30)
@@ -576,6 +589,7 @@ def test_a_slot_over_two_mappings() -> None:
     assert box.process.read(high, 1)[1].tolist() == [1000 + last]
 
 
+@pytest.mark.assumes(dirty_logging=True)
 def test_write_to_a_read_only_slot() -> None:
     """EMULATE; reads are mapped without write access."""
     box = Box(DEFAULT, 8)
@@ -599,6 +613,7 @@ def test_write_fault_of_a_prefetch_never_emulates() -> None:
 # ---- gmem-only slots ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.assumes(gmem_backed=True)
 def test_gmem_only_slot_serves_shared_accesses_from_gmem() -> None:
     """A slot whose file allows mmap: shared and private faults both use gmem."""
     box = Box(DEFAULT, 8)
@@ -614,6 +629,7 @@ def test_gmem_only_slot_serves_shared_accesses_from_gmem() -> None:
     assert box.pfn(1 << 18) == int(box.process.files[fd].inode.words[0]) >> 5
 
 
+@pytest.mark.assumes(gmem_backed=True)
 def test_without_the_flag_a_shared_access_uses_the_hva() -> None:
     """A guest_memfd that cannot be mapped serves private accesses only."""
     box = Box(DEFAULT, 8)
@@ -627,6 +643,7 @@ def test_without_the_flag_a_shared_access_uses_the_hva() -> None:
 # ---- step 13: the level ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.assumes(needs_accept=False, max_shared_level=3)
 @pytest.mark.parametrize("backing", ["4k", "2m"])
 def test_backing_limits_the_level(backing: str) -> None:
     for backend in (DEFAULT, SWPROT, MIRROR):
@@ -646,6 +663,7 @@ def test_capability_limits_the_level() -> None:
     assert (box.level(5, private=True), box.level(600, private=False)) == (1, 2)
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_a_large_page_brings_in_its_neighbours() -> None:
     """One fault maps 512 pages; all of them read zero."""
     box = Box(SWPROT, 1024, backing="2m")
@@ -657,6 +675,7 @@ def test_a_large_page_brings_in_its_neighbours() -> None:
     assert box.vm.vcpus[0].faults == 1
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_the_last_block_is_not_whole() -> None:
     """Alignment: first and last block are not large where base or end is unaligned."""
     box = Box(SWPROT, 1000, backing="2m")
@@ -666,6 +685,7 @@ def test_the_last_block_is_not_whole() -> None:
     assert (box.level(3), box.level(700)) == (2, 1)
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_mixed_block_is_mapped_small(private: Backend) -> None:
     box = Box(private, 1536, backing="2m")
     box.set_private(513, private=False)
@@ -675,6 +695,7 @@ def test_mixed_block_is_mapped_small(private: Backend) -> None:
     assert [box.level(gfn) for gfn in (5, 600, 1100)] == [2, 1, 2]
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_mixed_block_is_large_again_when_uniform() -> None:
     """The mixed bit clears when the attributes of the block are uniform again."""
     box = Box(SWPROT, 1024, backing="2m")
@@ -686,6 +707,7 @@ def test_mixed_block_is_large_again_when_uniform() -> None:
     assert box.level(600) == 2
 
 
+@pytest.mark.assumes(dirty_logging=True)
 def test_dirty_logging_forces_4k() -> None:
     box = Box(DEFAULT, 1024, backing="2m")
     box.fd.set_user_memory_region2(0, 1, 0, 1024 * PAGE, box.hva)
@@ -695,6 +717,7 @@ def test_dirty_logging_forces_4k() -> None:
     assert box.level(5) == 1
 
 
+@pytest.mark.assumes(max_shared_level=3)
 @pytest.mark.parametrize("off", [PAGE, 5 * PAGE])
 def test_hva_and_gfn_that_differ_modulo_the_level(off: int) -> None:
     """All blocks of such a slot are small."""
@@ -708,6 +731,7 @@ def test_hva_and_gfn_that_differ_modulo_the_level(off: int) -> None:
     assert (box.level((1 << 18) + 600), box.level((1 << 19) + 600)) == (1, 2)
 
 
+@pytest.mark.assumes(needs_accept=False)
 @pytest.mark.parametrize(("offset", "level"), [(0, 2), (PAGE, 1), (M2, 2)])
 def test_gmem_offset_and_gfn_that_differ_modulo_the_level(offset: int, level: int) -> None:
     box = Box(SWPROT, 8, backing="2m")
@@ -731,6 +755,7 @@ def test_a_block_that_the_host_cannot_back_with_a_large_page() -> None:
     assert (box.mapped(), box.inode.allocated) == ([600, 700], 2)
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_a_block_with_a_hole_is_mapped_small() -> None:
     """After a punch the block has no large folio any more: a refault must not map frames that were given back."""
     box = Box(SWPROT, 1024, backing="2m")
@@ -744,6 +769,7 @@ def test_a_block_with_a_hole_is_mapped_small() -> None:
     assert all(box.host.frames.use[box.pfn(gfn)] == Use.GMEM for gfn in (4, 5, 6))
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_a_hole_at_the_head_of_a_block() -> None:
     box = Box(SWPROT, 1024, backing="2m")
     box.touch(slice(0, 512, 1))
@@ -753,6 +779,7 @@ def test_a_hole_at_the_head_of_a_block() -> None:
     assert box.level(0) == 1
 
 
+@pytest.mark.assumes(honours_notifiers=True)
 def test_pages_that_the_vmm_gave_back_are_mapped_small() -> None:
     """The same for memory of the VMM (madvise)."""
     box = Box(DEFAULT, 1024, backing="2m")
@@ -765,6 +792,7 @@ def test_pages_that_the_vmm_gave_back_are_mapped_small() -> None:
     assert all(box.host.frames.use[box.pfn(gfn)] == Use.ANON for gfn in (4, 5, 6))
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_a_block_is_large_again_when_it_was_wholly_empty() -> None:
     box = Box(SWPROT, 1024, backing="2m")
     box.touch(slice(0, 512, 1))
@@ -777,6 +805,7 @@ def test_a_block_is_large_again_when_it_was_wholly_empty() -> None:
     assert box.level(9) == 2
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_a_poisoned_page_of_a_large_folio() -> None:
     """Its neighbours are mapped small, and it is refused."""
     box = Box(SWPROT, 1024, backing="2m")
@@ -802,6 +831,7 @@ def test_a_mirror_descends_where_a_smaller_mapping_exists() -> None:
     box.check_mirror()
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_a_direct_root_replaces_its_table() -> None:
     """A table where a large leaf is wanted: the subtree goes, and everybody is flushed."""
     box = Box(SWPROT, 1024, backing="2m")
@@ -928,6 +958,7 @@ def test_a_fatal_set_kills_the_vm() -> None:
     box.check_mirror()
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_a_huge_leaf_in_the_way_is_split() -> None:
     """Lazily under a fault that needs a lower level, on a direct root; both views translate alike, no flush."""
     box = Box(SWPROT, 1024, backing="2m")
@@ -957,6 +988,7 @@ def test_a_huge_leaf_in_the_way_of_a_mirror() -> None:
     box.check_mirror()
 
 
+@pytest.mark.assumes(dirty_logging=True)
 def test_a_write_protected_page_becomes_writable() -> None:
     """The fast path: same frame, write access restored."""
     box = Box(DEFAULT, 8)
@@ -1089,6 +1121,7 @@ def test_accepting_a_large_page_that_is_mapped_small() -> None:
     assert (box.level(5), box.level(600)) == (1, 2)
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_a_conversion_exits_to_user_space() -> None:
     """Without an implementation of the hook: KVM_EXIT_HYPERCALL, one exit for each range within a 2M block."""
     box = Box(SWPROT, 2048)

@@ -263,6 +263,7 @@ def test_pages_that_nobody_bound_can_be_allocated() -> None:
     assert np.flatnonzero(box.process.files[fd].inode.words).tolist() == list(range(512, 1024))
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_allocate_is_idempotent() -> None:
     box = Box(SWPROT, 8)
     box.touch(3)
@@ -274,6 +275,7 @@ def test_allocate_is_idempotent() -> None:
     assert box.read(3) == [1003]
 
 
+@pytest.mark.assumes(confidential=False)
 def test_content_before_the_guest_runs() -> None:
     """Populated pages are up-to-date with their content; others read zero (row 18)."""
     box = Box(SWPROT, 8)
@@ -284,6 +286,7 @@ def test_content_before_the_guest_runs() -> None:
     assert [box.host.memory.bytes_of(stamp)[:6] for stamp in stamps] == [bytes(6), b"kernel", b"initrd", bytes(6)]
 
 
+@pytest.mark.assumes(gmem_backed=True)
 def test_the_vmm_and_the_guest_share_a_mapped_guest_memfd() -> None:
     """INIT_SHARED: one memory, seen through the mapping and through the slot; a hole is a hole for both."""
     box = Box(DEFAULT, 8)
@@ -300,6 +303,7 @@ def test_the_vmm_and_the_guest_share_a_mapped_guest_memfd() -> None:
     assert box.process.read(hva, 2)[1].tolist() == box.read(slice(gfn, gfn + 2, 1)) == [0, 6]
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_memory_goes_back_to_a_host_that_uses_it_elsewhere() -> None:
     """Row 16: no page is freed while a leaf or a TLB reaches it; whoever gets it next is alone with it."""
     box = Box(SWPROT, 16)

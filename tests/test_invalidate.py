@@ -124,6 +124,7 @@ def test_zap_and_flush_are_under_the_lock_and_in_the_frame() -> None:
     assert box.hw.trace == [("remove", 3, 1, 1), ("flush", 3, 4)]
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_a_leaf_that_overlaps_goes_whole() -> None:
     """Leaf zap: at its own level; also when the root need not be split first."""
     box = Box(SWPROT, 1536, backing="2m")
@@ -134,6 +135,7 @@ def test_a_leaf_that_overlaps_goes_whole() -> None:
     assert box.mapped() == [*range(512), *range(1024, 1536)]
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_what_is_flushed_covers_what_was_zapped() -> None:
     """Row 15: no TLB holds a translation that a completed call zapped, also of a huge leaf's other pages."""
     box = Box(SWPROT, 1536, backing="2m")
@@ -153,6 +155,7 @@ def test_nothing_zapped_nothing_flushed() -> None:
     assert [call for call in box.hw.trace if call[0] == "flush"] == []
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_every_vcpu_is_flushed() -> None:
     box = Box(SWPROT, 8, vcpus=3)
     for vcpu in range(3):
@@ -185,6 +188,7 @@ def test_root_choice_with_a_mirror(kinds: Filter, roots: list[str]) -> None:
     assert tdp.roots(kinds) == [getattr(tdp, name) for name in roots]
 
 
+@pytest.mark.assumes(has_mirror=False)
 @pytest.mark.parametrize("kinds", [Filter.SHARED, Filter.PRIVATE, Filter.BOTH])
 def test_root_choice_without_a_mirror(kinds: Filter) -> None:
     """Always the direct root, whatever the filter; INVALID roots are included for unmap."""
@@ -198,6 +202,7 @@ def test_root_choice_without_a_mirror(kinds: Filter) -> None:
 # ---- hva unmap (mmu notifier) ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.assumes(honours_notifiers=True)
 def test_hva_unmap_zaps_shared_pages() -> None:
     """madvise: shared leaves go, the frames are freed, the next touch finds zeros."""
     box = Box(DEFAULT, 16)
@@ -226,6 +231,7 @@ def test_hva_unmap_leaves_a_mirror_alone() -> None:
     assert box.read(slice(2, 4, 1)) == [1002, 1003]
 
 
+@pytest.mark.assumes(has_mirror=False, needs_accept=False)
 def test_hva_unmap_without_a_mirror_zaps_private_leaves_too() -> None:
     """They refault, and keep their content: guest_memfd has no hva."""
     box = Box(SWPROT, 16)
@@ -237,6 +243,7 @@ def test_hva_unmap_without_a_mirror_zaps_private_leaves_too() -> None:
     assert box.read(slice(2, 8, 1)) == [1002, 1003, 1004, 1005, 1006, 1007]
 
 
+@pytest.mark.assumes(gmem_backed=True)
 def test_hva_unmap_visits_every_slot_in_the_range() -> None:
     """Two slots on the same hva, and one whose memory is a mapped guest_memfd."""
     box = Box(DEFAULT, 16)
@@ -259,6 +266,7 @@ def test_hva_unmap_visits_every_slot_in_the_range() -> None:
     assert box.read((1 << 19) + 1) == [1000 + (1 << 19) + 1]
 
 
+@pytest.mark.assumes(honours_notifiers=True)
 def test_hva_unmap_of_memory_that_no_slot_shows() -> None:
     """No slot intersects: no frame is opened and seq does not move."""
     box = Box(DEFAULT, 16)
@@ -313,6 +321,7 @@ def test_a_backend_that_does_not_honour_notifiers() -> None:
     assert (box.mapped(), box.seq) == ([3], 0)
 
 
+@pytest.mark.assumes(needs_pin=False)
 def test_migration_moves_content_and_refaults() -> None:
     box = Box(DEFAULT, 16)
     box.touch(slice(2, 6, 1))
@@ -324,6 +333,7 @@ def test_migration_moves_content_and_refaults() -> None:
     assert box.pfn(3) != pfn
 
 
+@pytest.mark.assumes(needs_pin=False)
 def test_migration_on_a_full_host_closes_its_frame() -> None:
     """As many pages move as there are free frames; the guest goes on."""
     box = Box(DEFAULT, 16)
@@ -335,6 +345,7 @@ def test_migration_on_a_full_host_closes_its_frame() -> None:
     assert box.read(slice(2, 6, 1)) == [1002, 1003, 1004, 1005]
 
 
+@pytest.mark.assumes(honours_notifiers=True)
 def test_munmap_of_the_vmm_memory() -> None:
     box = Box(DEFAULT, 16)
     box.touch(3)
@@ -393,6 +404,7 @@ def test_to_shared_zaps_private_leaves(private: Backend) -> None:
     assert box.read(slice(3, 5, 1), private=False) == [0, 0]
 
 
+@pytest.mark.assumes(needs_accept=False)
 @pytest.mark.parametrize(("backend", "after"), [(SWPROT, 1003), (KEEPS, 1003), (MIRROR, ZERO)])
 def test_content_after_there_and_back(backend: Backend, after: int) -> None:
     """SNP-like: ownership and content unchanged until the folio is freed. TDX-like: content lost."""
@@ -468,6 +480,7 @@ def test_conversion_over_several_slots_is_one_frame(private: Backend) -> None:
     assert box.vm.attributes.uniform(8, 56, 0)
 
 
+@pytest.mark.assumes(has_mirror=False)
 def test_conversion_steps() -> None:
     """slots_lock; frame; store all; end and mixed bits in one write section."""
     box = Box(SWPROT, 1024)
@@ -535,6 +548,7 @@ def test_no_large_page_is_mapped_while_a_neighbour_is_converted() -> None:
     assert box.level(700) == 1
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_part_of_a_huge_page_on_a_direct_root_is_zapped_whole() -> None:
     """Conversion of part of a huge page: zap the whole leaf, refault small (mixed forbids huge)."""
     box = Box(SWPROT, 1024, backing="2m")
@@ -631,6 +645,7 @@ def test_a_split_that_fails_leaves_everything_unchanged(edge: str, reason: Any, 
 # ---- guest_memfd: PUNCH_HOLE ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_punch_hole_zaps_and_frees(private: Backend) -> None:
     """Row 19: the guest reads zero on the range; other indexes keep content."""
     box = Box(private, 16)
@@ -701,6 +716,7 @@ def test_punch_hole_translates_indexes_to_gfns() -> None:
     assert (box.mapped(), box.seq) == ([32, 33, 34, 35, 66, 67], seq + 1)
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_punch_hole_through_two_files_of_an_inode() -> None:
     """By inode: every VM's view of it is zapped."""
     box, other = Box(SWPROT, 16), None
@@ -723,6 +739,7 @@ def test_punch_hole_through_two_files_of_an_inode() -> None:
     assert (box.idle, other.vm.frame.in_progress) == (True, 0)
 
 
+@pytest.mark.assumes(gmem_backed=True)
 def test_punch_hole_of_shared_memory() -> None:
     """INIT_SHARED -> SHARED: the direct root of a gmem-only slot."""
     box = Box(DEFAULT, 8)
@@ -869,6 +886,7 @@ def test_memory_failure(private: Backend) -> None:
     assert box.touch(4) == MemoryFault(4 * PAGE, flags=8, errno=133)
 
 
+@pytest.mark.assumes(fresh_is_zero=True)
 def test_a_failed_page_does_not_come_back(private: Backend) -> None:
     """The hole frees its folio, and the page can be used again; nobody gets the frame that failed."""
     box = Box(private, 16)
@@ -883,6 +901,7 @@ def test_a_failed_page_does_not_come_back(private: Backend) -> None:
     box.destroy()
 
 
+@pytest.mark.assumes(fresh_is_zero=True)
 def test_memory_failure_where_nothing_is_allocated() -> None:
     """There is no folio that could fail; the page can be used."""
     box = Box(SWPROT, 16)
@@ -896,6 +915,7 @@ def test_memory_failure_where_nothing_is_allocated() -> None:
 # ---- dirty logging --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.assumes(dirty_logging=True)
 def test_enabling_the_log_splits_under_read_and_protects_under_write() -> None:
     """Faults elsewhere go on while huge pages are split; a flush before the lock is dropped."""
     box = Box(DEFAULT, 1024, backing="2m")
@@ -928,6 +948,7 @@ def two_slots(backend: Backend) -> Box:
     return box
 
 
+@pytest.mark.assumes(memslots_fixed_after_run=False)
 def test_memslot_delete_of_the_default_vm_zaps_everything() -> None:
     """Default VM and quirk: fast-zap all direct roots; what other slots map refaults."""
     box = two_slots(DEFAULT)
@@ -942,6 +963,7 @@ def test_memslot_delete_of_the_default_vm_zaps_everything() -> None:
     assert box.vm.vcpus[0].tlb.entries.keys() == {(0, False), (1, False)}
 
 
+@pytest.mark.assumes(has_mirror=False, needs_accept=False)
 @pytest.mark.parametrize("backend", [SWPROT, KEEPS, MIRROR, MEDIATED], ids=["swprot", "mirror", "lossy", "mediated"])
 def test_memslot_delete_of_others_zaps_this_slot_only(backend: Backend) -> None:
     """Others: leaves of this slot only, both kinds."""
@@ -995,6 +1017,7 @@ def test_memslot_delete_steps() -> None:
     assert 1 not in box.vm.slots.by_id
 
 
+@pytest.mark.assumes(needs_accept=False)
 def test_memslot_delete_keeps_the_memory_of_the_file() -> None:
     """Unbound, not freed: bind it again and find the content (rows 19, 22)."""
     box = two_slots(SWPROT)
@@ -1009,6 +1032,7 @@ def test_memslot_delete_keeps_the_memory_of_the_file() -> None:
     assert box.read(slice(1 << 18, (1 << 18) + 3, 1)) == [1000 + (1 << 18), 1001 + (1 << 18), 0]
 
 
+@pytest.mark.assumes(memslots_fixed_after_run=False, needs_accept=False)
 @pytest.mark.parametrize("backend", [DEFAULT, SWPROT, MEDIATED], ids=["default", "swprot", "mediated"])
 def test_memslot_move(backend: Backend) -> None:
     """As delete, then re-add elsewhere: the same memory at the new gfns; the old ones are MMIO."""
@@ -1051,6 +1075,7 @@ def test_a_refused_delete_leaves_the_slot(monkeypatch: pytest.MonkeyPatch) -> No
 # ---- fast zap -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.assumes(memslots_fixed_after_run=False)
 def test_fast_zap_steps() -> None:
     """W: mark direct roots invalid, request reload on all vCPUs; R: zap."""
     box = two_slots(DEFAULT)
@@ -1070,6 +1095,7 @@ def test_fast_zap_steps() -> None:
     assert box.host.meter.counts["spte_write"] == 4
 
 
+@pytest.mark.assumes(mediated_root=False)
 def test_fast_zap_is_for_the_default_vm_only() -> None:
     """Mirror roots are excluded; so are VM types whose pages may not all be zapped."""
     have = {backend.name: Box(backend, 8).vm.fast_zap for backend in (DEFAULT, SWPROT, MIRROR, MEDIATED)}
@@ -1093,6 +1119,7 @@ def test_mm_exit_leaves_the_mirror() -> None:
     box.check_mirror()
 
 
+@pytest.mark.assumes(gmem_backed=True)
 def test_mm_exit_zaps_slots_without_an_hva_too() -> None:
     """All direct roots, including slots whose guest_memfd is not mapped in the VMM."""
     box = Box(DEFAULT, 8)

@@ -333,6 +333,7 @@ def test_backing_of_the_host_is_backing_of_the_process() -> None:
     assert process.host.frames.in_use == 512
 
 
+@pytest.mark.assumes(honours_notifiers=True)
 def test_two_vms_share_an_address_space() -> None:
     """Each is told of what happens to it, one inside the other; both refault."""
     box = Box(DEFAULT, 16)
@@ -349,6 +350,7 @@ def test_two_vms_share_an_address_space() -> None:
     assert box.read(3) == [0]
 
 
+@pytest.mark.assumes(gmem_backed=True)
 def test_mapping_of_a_guest_memfd_holds_the_file() -> None:
     """Its frames are the inode's; closing the descriptor does not release it."""
     box = Box(DEFAULT, 8)

@@ -217,6 +217,7 @@ def logging(box: Box, on: bool) -> None:
     box.fd.set_user_memory_region2(0, int(on), 0, len(box.vm.slots.by_id[0].lpage[2]) * M2, box.hva)
 
 
+@pytest.mark.assumes(dirty_logging=True)
 def test_enabling_the_log_splits_and_write_protects() -> None:
     """Eager split on enabling dirty log; both views translate equally."""
     box = Box(DEFAULT, 1024, backing="2m")
@@ -232,6 +233,7 @@ def test_enabling_the_log_splits_and_write_protects() -> None:
     assert box.fd.get_dirty_log(0).sum() == 0
 
 
+@pytest.mark.assumes(dirty_logging=True)
 def test_the_log_tells_what_was_written() -> None:
     box = Box(DEFAULT, 512)
     logging(box, True)
@@ -243,6 +245,7 @@ def test_the_log_tells_what_was_written() -> None:
     assert np.flatnonzero(box.fd.get_dirty_log(0)).tolist() == [4]
 
 
+@pytest.mark.assumes(dirty_logging=True)
 def test_a_read_does_not_dirty_a_protected_page() -> None:
     box = Box(DEFAULT, 512)
     box.touch(slice(3, 6, 1))
@@ -253,6 +256,7 @@ def test_a_read_does_not_dirty_a_protected_page() -> None:
     assert box.fd.get_dirty_log(0).sum() == 0
 
 
+@pytest.mark.assumes(dirty_logging=True)
 def test_a_read_fault_does_not_dirty_a_protected_page() -> None:
     """It finds the page mapped, and protected still."""
     box = Box(DEFAULT, 8)
@@ -266,6 +270,7 @@ def test_a_read_fault_does_not_dirty_a_protected_page() -> None:
     assert list(box.fd.get_dirty_log(1)) == [0, 1, 0, 0]
 
 
+@pytest.mark.assumes(dirty_logging=True)
 def test_a_write_through_the_tlb_is_logged() -> None:
     """Getting the log takes write access away and flushes, so that the next write is seen."""
     box = Box(DEFAULT, 512)
@@ -278,6 +283,7 @@ def test_a_write_through_the_tlb_is_logged() -> None:
     assert np.flatnonzero(box.fd.get_dirty_log(0)).tolist() == [3]
 
 
+@pytest.mark.assumes(needs_pin=False)
 def test_ending_the_log_brings_large_pages_back() -> None:
     """A table whose block may be huge and has any present leaf is replaced by a huge leaf, then one flush."""
     box = Box(DEFAULT, 1536, backing="2m")
@@ -294,6 +300,7 @@ def test_ending_the_log_brings_large_pages_back() -> None:
     assert box.host.meter.counts["hugepage_merge"] == 2
 
 
+@pytest.mark.assumes(dirty_logging=True)
 def test_a_move_may_end_the_log() -> None:
     box = Box(DEFAULT, 8)
     hva = box.process.mmap(4 * PAGE)
@@ -305,6 +312,7 @@ def test_a_move_may_end_the_log() -> None:
         box.fd.get_dirty_log(1)
 
 
+@pytest.mark.assumes(needs_pin=False)
 def test_a_recovered_page_keeps_its_rights() -> None:
     """A read-only slot stays read-only."""
     box = Box(DEFAULT, 8, backing="2m")

@@ -144,6 +144,7 @@ def test_a_range_with_the_leaves_that_overlap_it() -> None:
 # ---- which roots there are ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.assumes(has_mirror=False)
 def test_roots_of_the_vm_types() -> None:
     """A mirror root exists only if the VM has an external table."""
     swprot, mirrored, other = Box(SWPROT, 8).vm.tdp, Box(MIRROR, 8).vm.tdp, Box(MEDIATED, 8).vm.tdp
@@ -244,6 +245,7 @@ def test_a_mediated_root_has_no_table_pages() -> None:
 # ---- split ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.assumes(dirty_logging=True)
 def test_split_of_a_direct_leaf_keeps_every_translation() -> None:
     """512 children inherit permissions; no flush."""
     box = Box(DEFAULT, 1024, backing="2m")

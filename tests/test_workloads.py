@@ -11,7 +11,6 @@ from pathlib import Path
 import attrs
 import pytest
 
-from cvmcore.backend import GROUP as BACKENDS
 from cvmcore.errors import InputError
 from cvmcore.plugins import installed, load_backend
 from cvmcore.runner import Report, Setup, load_workload, run
@@ -30,7 +29,6 @@ SMALL: dict[str, tuple[int, dict[str, str]]] = {
     "trace": (20, {}),
 }
 """MiB of guest memory, and options, that make each workload small."""
-BACKEND_NAMES = list(installed(BACKENDS))
 
 
 def small(
@@ -66,11 +64,10 @@ def test_the_workloads_of_the_design_are_installed() -> None:
 
 
 @pytest.mark.parametrize("backing", ["4k", "2m"])
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
 @pytest.mark.parametrize("name", SMALL)
-def test_it_ends_well(name: str, backend: str, backing: str, trace_file: Path) -> None:
+def test_it_ends_well(name: str, cvm_backend_name: str, backing: str, trace_file: Path) -> None:
     """Everything reads back, no private page is readable where the VM type protects, nothing stays behind."""
-    report = small(name, backend, backing=backing, file=str(trace_file) if name == "trace" else None)
+    report = small(name, cvm_backend_name, backing=backing, file=str(trace_file) if name == "trace" else None)
 
     assert not [*report.wrong, *report.readable, *report.left]
     if not report.skipped:
@@ -81,12 +78,11 @@ def test_it_ends_well(name: str, backend: str, backing: str, trace_file: Path) -
         assert 0 < report.elapsed_ns <= report.cpu_ns
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
-def test_only_a_missing_capability_skips(backend: str) -> None:
-    caps = capabilities(backend)
+def test_only_a_missing_capability_skips(cvm_backend_name: str) -> None:
+    caps = capabilities(cvm_backend_name)
     confidential = caps.private_by_attribute or caps.encrypts or caps.mediated_root
 
-    skipped = {name for name in SMALL if small(name, backend).skipped}
+    skipped = {name for name in SMALL if small(name, cvm_backend_name).skipped}
 
     assert skipped == {
         *(["convert"] if not confidential else []),
@@ -104,13 +100,12 @@ def test_a_seed_decides_everything(name: str) -> None:
     assert one | {"seed": 2} != other
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
-def test_large_backing_gives_large_pages(backend: str) -> None:
+def test_large_backing_gives_large_pages(cvm_backend_name: str) -> None:
     """Sequential memory on 2M backing is mapped by large pages wherever the VM type has any."""
-    caps = capabilities(backend)
+    caps = capabilities(cvm_backend_name)
     level = min(caps.max_private_level, caps.max_gmem_level) if caps.private_by_attribute else caps.max_private_level
 
-    report = small("touch", backend, backing="2m", order="sequential", passes="1")
+    report = small("touch", cvm_backend_name, backing="2m", order="sequential", passes="1")
 
     if level > 1 and not caps.needs_accept:
         assert report.large_pages == report.mapped_pages == 8 * 256
@@ -146,12 +141,11 @@ def test_convert_goes_there_and_back() -> None:
     assert report.exits["memory_fault"] == 0
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
 @pytest.mark.parametrize("chunk", ["4k", "2m"])
 @pytest.mark.parametrize("convert", ["no", "yes"])
-def test_balloon_gives_memory_back(backend: str, chunk: str, convert: str) -> None:
+def test_balloon_gives_memory_back(cvm_backend_name: str, chunk: str, convert: str) -> None:
     """A quarter of 8 MiB, twice; pinned frames live on, all others are free meanwhile."""
-    report = small("balloon", backend, backing="2m", chunk=chunk, convert=convert)
+    report = small("balloon", cvm_backend_name, backing="2m", chunk=chunk, convert=convert)
 
     if report.skipped:
         return
