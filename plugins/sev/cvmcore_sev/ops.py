@@ -499,6 +499,13 @@ class AmdSev:
         vcpu.arch = VcpuState(self._alloc_unaligned(vcpu.vm.host), vmsa)
 
     @hookimpl
+    def vcpu_enter(self, vcpu: VcpuView) -> None:
+        """pre_sev_run: a vCPU with encrypted registers runs from a save area that the firmware has taken in."""
+        state: VcpuState | None = vcpu.arch
+        if state is not None and not state.protected:
+            raise UapiError(errno.EINVAL, "KVM_RUN", "the vCPU's save area is none of the guest's: launch it first")
+
+    @hookimpl
     def vcpu_free(self, vcpu: VcpuView) -> None:
         """sev_free_vcpu: the save area goes back; one that the hardware keeps is leaked."""
         state: VcpuState | None = vcpu.arch

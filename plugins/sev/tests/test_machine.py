@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 
 from cvmcore.errors import UapiError
@@ -11,8 +13,9 @@ from cvmcore.pages import run
 from cvmcore.plugins import load_backend
 from cvmcore.runner import load_profile_for
 from cvmcore.testing.machine import run_machine
-from cvmcore.types import GuestException
-from cvmcore.vcpu import Accept
+from cvmcore.types import GuestException, MemoryFault, Mmio
+from cvmcore.uapi import Process
+from cvmcore.vcpu import Accept, Touch
 
 MIB = 1 << 20
 
@@ -195,3 +198,19 @@ def test_a_secret_stays_pinned_on_demand_pinning_until_the_guest_is_gone():
 def test_the_state_machine_with_upfront_pinning(name, backing):
     """Regions come and go under a guest that runs: what is not pinned is noise once it was moved, the rest intact."""
     run_machine(name, backing=backing, options={"pinning": "upfront"}, examples=6, shrink=False)
+
+
+@pytest.mark.parametrize("name", ["sev-es", "snp"])
+def test_a_vcpu_runs_only_from_a_save_area_that_the_launch_took_in(name):
+    backend = load_backend(name)
+    process = Process(Host(backend, load_profile_for(backend, None)))
+    vm = process.create_vm()
+    early = vm.create_vcpu()
+    with pytest.raises(UapiError, match="save area") as caught:
+        early.run(Touch(run(1, 1), write=True))
+    assert caught.value.errno == errno.EINVAL
+    vm.launch_finish()
+    late = vm.create_vcpu()
+    assert isinstance(early.run(Touch(run(1, 1), write=True)), Mmio | MemoryFault)  # there is no memory, but it ran
+    with pytest.raises(UapiError, match="save area"):
+        late.run(Touch(run(1, 1), write=True))
