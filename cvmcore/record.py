@@ -74,8 +74,12 @@ def record_vm(command: Sequence[str], output: Path, tracefs: Path = TRACEFS) -> 
                 for event in EVENTS:
                     if event not in missing:
                         _write(instance / "events" / event / "enable", "1")
-            finally:
                 os.write(go, b"!")
+            except BaseException:
+                process.kill()  # it has not begun
+                process.wait()
+                raise
+            finally:
                 os.close(go)
             events = _drained(instance / "trace_pipe", process, out)
         lost = sum(_lost(stats) for stats in sorted(instance.glob("per_cpu/cpu*/stats")))

@@ -8,6 +8,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cvmcore.difference import QUIRKS, Step, against, beside, compared, explaine
 from cvmcore.errors import InputError
 from cvmcore.host import Host
 from cvmcore.live import guest, layouts
+from cvmcore.live import server as served
 from cvmcore.live.front import LiveError, LiveFront, Server
 from cvmcore.live.probe import Probe, probe
 from cvmcore.modelfront import ModelFront, model_front
@@ -391,6 +393,40 @@ def test_a_case_that_dies_takes_nobody_with_it(server: Server) -> None:
     with pytest.raises(InputError, match="more than 1 GiB"):
         front.call("set_user_memory_region", {"vm": 3, "slot": 0, "flags": 0, "gpa": 0, "size": 1 << 40, "hva": 0})
     front.close()
+
+
+def test_a_reader_that_goes_is_no_fault_of_the_recording(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """What was recorded by then stays; a disk that is full is said."""
+    monkeypatch.setattr("cvmcore.cli.kernels._live_script", lambda backend: nullcontext(Script(model_front("default"))))
+    script, out = tmp_path / "script.jsonl", tmp_path / "out.jsonl"
+    script.write_text("\n".join(text(SHARED_SLOT)))
+
+    def gone(line: str) -> None:
+        raise BrokenPipeError
+
+    assert main(["uapi", str(script), "--live", "--record", "/dev/full"]) == 2
+    assert capsys.readouterr().err == "cvm: /dev/full: cannot be written: No space left on device\n"
+    monkeypatch.setattr("cvmcore.cli.kernels.say_json", gone)
+    monkeypatch.setattr("cvmcore.cli.forget_output", lambda: None)
+    assert main(["uapi", str(script), "--live", "--record", str(out)]) == 1
+    assert capsys.readouterr().err == ""
+    assert json.loads(out.read_text().splitlines()[1])["op"] == "create_vm"
+
+
+def test_measuring_has_a_minute_for_each_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests, alarms, answers = iter([["measure", 5], ["nonsense"], None]), [], []
+    monkeypatch.setattr(served, "receive", lambda: next(requests))
+    monkeypatch.setattr(served, "send", answers.append)
+    monkeypatch.setattr(served, "Driver", object)
+    monkeypatch.setattr(served, "measured", lambda times: {"allocate": [1.0] * times})
+    monkeypatch.setattr(served.signal, "alarm", alarms.append)
+
+    served.case()
+
+    assert alarms == [300, 0, 60, 0]
+    assert answers[1:] == [{"answer": {"allocate": [1.0] * 5}}, {"refused": "no request: ['nonsense']"}]
 
 
 @needs_kvm

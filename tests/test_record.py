@@ -66,3 +66,20 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert list((tmp_path / "instances").iterdir()) == []
     monkeypatch.setattr("cvmcore.record.shutil.which", lambda name: None)
     assert main(["record", "--lackey", "-o", str(tmp_path / "out"), "--", "true"]) == 2
+
+
+def test_a_command_that_cannot_be_recorded_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an event cannot be switched on."""
+    (tmp_path / "instances").mkdir()
+
+    def made(instance: Path) -> None:
+        os.makedirs(instance / "options")
+        os.makedirs(instance / "events/kvm/kvm_page_fault/enable")
+
+    monkeypatch.setattr(Path, "mkdir", made)
+    monkeypatch.setattr(Path, "rmdir", shutil.rmtree)
+
+    with pytest.raises(InputError, match=r"kvm_page_fault/enable: Is a directory"):
+        record_vm(["touch", str(tmp_path / "ran")], tmp_path / "out", tmp_path)
+    assert not (tmp_path / "ran").exists()
+    assert list((tmp_path / "instances").iterdir()) == []

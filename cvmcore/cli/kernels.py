@@ -3,10 +3,10 @@ machine's kernel, or on both; what they cost there, and what real ones did."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -88,7 +88,7 @@ def uapi(
         try:
             for answer, line in real.play_recording(lines, name, states=state or out is not None):
                 if out is not None:
-                    out.write(line + "\n")
+                    out(line)
                 if not state:
                     answer.pop("state", None)
                 say_json(json.dumps(answer))
@@ -129,7 +129,7 @@ def diff_fuzz(
         outcome = diff_fuzz(
             real.front, steps, seed, backend=backend, options=options, version=kernel,
             told=lambda outcome: bar(min(outcome.steps, steps), steps, f"{outcome.cases} cases"),
-            record=lambda line: None if out is None else print(line, file=out),
+            record=out or (lambda line: None),
         )  # fmt: skip
     if as_json:
         say_json(json.dumps({
@@ -263,7 +263,7 @@ def _show_kernel(as_json: bool) -> None:
     say(table(("capability", "value", "missing"), rows))
 
 
-def _compare(steps: Iterable[Step], out: TextIO | None) -> int:
+def _compare(steps: Iterable[Step], out: Callable[[str], None] | None) -> int:
     """Go through the steps up to the first difference that nothing explains."""
     from cvmcore.difference import explained
     from cvmcore.uapiscript import recorded
@@ -272,7 +272,7 @@ def _compare(steps: Iterable[Step], out: TextIO | None) -> int:
     for step in steps:
         calls += 1
         if out is not None:
-            out.write(recorded(step.op, step.arguments, step.kernel) + "\n")
+            out(recorded(step.op, step.arguments, step.kernel))
         if step.differs and step.quirk is None:
             say_json(explained(step))
             return WRONG
@@ -287,16 +287,29 @@ def _compare(steps: Iterable[Step], out: TextIO | None) -> int:
 
 
 @contextmanager
-def _writing(path: Path | None) -> Iterator[TextIO | None]:
-    """A file to write to, or none."""
+def _writing(path: Path | None) -> Iterator[Callable[[str], None] | None]:
+    """What takes the lines of a recording, or none. What was recorded stays, however the run ends."""
     if path is None:
         yield None
         return
     import platform
 
+    @contextmanager
+    def written() -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+    def put(line: str) -> None:
+        with written():
+            out.write(line + "\n")
+
+    with written():
+        out = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed below, where what is wrong can be said
     try:
-        with open(path, "w", encoding="utf-8") as out:
-            out.write(f"# Recorded by `cvm uapi` on Linux {platform.release()}, {platform.machine()}.\n")
-            yield out
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+        put(f"# Recorded by `cvm uapi` on Linux {platform.release()}, {platform.machine()}.")
+        yield put
+    finally:
+        with written():
+            out.close()

@@ -55,8 +55,9 @@ page_counts = st.sampled_from(PAGE_COUNTS)
 indexes = st.sampled_from(INDEXES)
 gfns = st.sampled_from([0, 0, 1, 2, 3, 4, 8, 15, 16, 17, 32, 63, 64, 65, 80, 128, 0x100, 0x1FF, 0x200])
 gpas = gfns.map(lambda n: n * PAGE)
+odd_gpas = st.one_of(gpas, gpas, gpas, st.sampled_from([-4096, -8192, 1, 1 << 62]))
 bases = st.sampled_from(bytes_of([0, 0, 0, 16, 16, 64, 64, 128, 0x1F0, 0x200]))
-slots = st.sampled_from([0, 0, 1, 1, 2, 3, 32764, 0x10000, 0x20001])
+slots = st.sampled_from([0, 0, 1, 1, 2, 3, 32764, 0x10000, 0x20001, -65536])
 stamps = st.integers(1, 0xFFFF)
 files = st.sampled_from(FILES)
 vcpus = st.sampled_from([*VCPUS, "vcpu", "vcpu"])
@@ -173,8 +174,8 @@ units: SearchStrategy[Unit] = st.one_of(
     line("host_write", addr=page_places, pages=page_counts, stamp=stamps),
     line("host_read", addr=page_places, pages=page_counts),
     line("get_dirty_log", slot=slots),
-    line("set_memory_attributes", gpa=gpas, size=sizes, attributes=st.sampled_from([0, 8, 4])),
-    line("pre_fault_memory", gpa=gpas, size=sizes),
+    line("set_memory_attributes", gpa=odd_gpas, size=sizes, attributes=st.sampled_from([0, 8, 4])),
+    line("pre_fault_memory", gpa=odd_gpas, size=sizes),
     line("create_vcpu", name=st.sampled_from(VCPUS), id=st.sampled_from([0, 1, 4095, 4096, -1])),
     line("fstat", fd=fds),
     line("ftruncate", fd=files, size=sizes),
