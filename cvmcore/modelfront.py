@@ -223,7 +223,8 @@ class ModelFront:
 
     def _memory_encrypt_op(self, vm: int, command: str, arguments: dict[str, Any]) -> Answer:
         told = self._vm_at(vm, "KVM_MEMORY_ENCRYPT_OP").memory_encrypt_op(command, arguments) or {}
-        return {name: f"hex:{value.hex()}" if isinstance(value, bytes) else value for name, value in told.items()}
+        fields = {name: f"hex:{value.hex()}" if isinstance(value, bytes) else value for name, value in told.items()}
+        return {"fields": fields} if fields else {}
 
     def _register_region(self, vm: int, hva: int, size: int) -> None:
         self._vm_at(vm, "KVM_MEMORY_ENCRYPT_REG_REGION").register_region(hva, size)

@@ -173,7 +173,7 @@ class Script:
 
     def memory_encrypt_op(self, command: str, arguments: dict[str, Any] | None = None, vm: Fd = "vm") -> Answer:
         """KVM_MEMORY_ENCRYPT_OP: a vendor's command under its own name, with the fields of its structure (numbers,
-        addresses, bytes as "hex:00ff"); its answer's fields. The model only."""
+        addresses, bytes as "hex:00ff"): the `fields` that come back. The model only."""
         fields = {name: self._field(value, name) for name, value in (arguments or {}).items()}
         return self._do("memory_encrypt_op", vm=self._fd(vm), command=command, arguments=fields)
 

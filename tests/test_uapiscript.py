@@ -293,7 +293,12 @@ def test_fields_of_a_vendors_structure() -> None:
     ]  # fmt: skip
     found, _ = played(lines[:-1], "sev")
     assert [answer["status"] for answer in found] == ["OK"] * 6
-    assert found[5]["len"] == 48 and found[5]["blob"].startswith("hex:") and found[5]["blob"].endswith("ab" * 16)
+    blob = found[5]["fields"]["blob"]
+    assert found[5]["fields"]["len"] == 48 and blob.startswith("hex:") and blob.endswith("ab" * 16)
+    status = {"op": "memory_encrypt_op", "command": "KVM_SEV_GUEST_STATUS"}
+    assert played([*lines[:4], status], "sev")[0][4] == {
+        "status": "OK", "fields": {"handle": 1, "policy": 0, "state": 1}
+    }  # fmt: skip
     with pytest.raises(InputError, match=r"here:7: no line before gave an address the name 'x'"):
         played(lines, "sev")
 

@@ -650,6 +650,8 @@ class AmdSev:
         arch: SevVm = vm.arch
         self._not_a_mirror(arch, call)
         if arch.demand:
+            if size_bytes <= 0 or hva < 0 or hva + size_bytes >= 1 << 64:
+                raise UapiError(errno.EINVAL, call, "the size is 0, or the range wraps")
             nr_pages = ((hva + size_bytes - 1) >> PAGE_SHIFT) - (hva >> PAGE_SHIFT) + 1
             nr_pages = min(nr_pages, arch.nr_registered)
         else:

@@ -289,6 +289,9 @@ def test_on_demand_a_region_is_only_accounted(rig):
     assert vm.memlock == 64 and not rig.host.frames.pins.any()
     rig.call("unregister_region", vm=vm, hva=slot.hva + 8192, size_bytes=10 << 12)  # no matching
     assert vm.memlock == 54 and rig.ops["WBINVD"] == 0
+    for hva, size in ((slot.hva, 0), (slot.hva, -4096), (-4096, 4096), ((1 << 64) - 4096, 8192)):
+        fails(errno.EINVAL, rig.call, "unregister_region", vm=vm, hva=hva, size_bytes=size)
+    assert vm.memlock == 54
 
 
 @pytest.mark.parametrize(("vm_type", "flushes"), [("sev", 1), ("sev-es", 1), ("snp", 0)])
