@@ -421,10 +421,16 @@ class AmdSev:
             raise UapiError(errno.EINVAL, call, "the source has no context to give, or the target has one already")
         if moved.es and len(source.vcpus) != len(target.vcpus):
             raise UapiError(errno.EINVAL, call, "the VMs differ in their number of vCPUs")
+        if moved.es and not all(vcpu.arch.protected for vcpu in source.vcpus):
+            raise UapiError(errno.EINVAL, call, "a save area of the source is not the guest's yet")
         target.charge_memlock(moved.nr_registered, call)
         source.charge_memlock(-moved.nr_registered, call)
         target.arch, target.key = moved, moved.asid
         source.arch, source.key = SevVm(source.vm_type, 0, old.demand), 0
+        if moved.es:
+            for here, there in zip(source.vcpus, target.vcpus, strict=True):
+                target.host.frames.free(run(there.arch.vmsa_pfn, 1))
+                here.arch, there.arch = None, here.arch
         self.asids.used.discard(old.asid)
 
     @hookimpl
@@ -502,7 +508,7 @@ class AmdSev:
     def vcpu_enter(self, vcpu: VcpuView) -> None:
         """pre_sev_run: a vCPU with encrypted registers runs from a save area that the firmware has taken in."""
         state: VcpuState | None = vcpu.arch
-        if state is not None and not state.protected:
+        if vcpu.vm.arch.vm_type != SEV_TYPE and (state is None or not state.protected):
             raise UapiError(errno.EINVAL, "KVM_RUN", "the vCPU's save area is none of the guest's: launch it first")
 
     @hookimpl

@@ -22,8 +22,8 @@ from cvmcore.vcpu import Touch
 PAGES = 64
 
 
-def machine(pinning: str) -> Machine:
-    backend = load_backend("sev")
+def machine(pinning: str, name: str = "sev") -> Machine:
+    backend = load_backend(name)
     host = Host(
         backend, load_profile_for(backend, None), nr_frames=1 << 12, options={"pinning": pinning}, drive=Lockdep()
     )
@@ -40,9 +40,10 @@ def target_of(source: Machine, vm_type: str | None = None) -> VmFd:
     return vm
 
 
+@pytest.mark.parametrize("name", ["sev", "sev-es"])
 @pytest.mark.parametrize("pinning", ["upfront", "demand"])
-def test_the_target_reads_what_the_source_wrote(pinning: str) -> None:
-    source = machine(pinning)
+def test_the_target_reads_what_the_source_wrote(pinning: str, name: str) -> None:
+    source = machine(pinning, name)
     want = source.guest.read(run(0, PAGES))
     target = target_of(source)
     vcpu = target.create_vcpu()
@@ -52,6 +53,29 @@ def test_the_target_reads_what_the_source_wrote(pinning: str) -> None:
     assert vcpu.run(touch) is None
 
     assert np.array_equal(touch.seen, want)
+    source.destroy()
+    assert source.leftovers() == []
+
+
+def test_save_areas_move_along_and_leave_the_source_without_any() -> None:
+    source = machine("demand", "sev-es")
+    area = source.vcpus[0].vcpu.arch
+    target = target_of(source)
+    vcpu = target.create_vcpu()
+    target.move_enc_context_from(source.vm)
+    assert vcpu.vcpu.arch is area
+    with pytest.raises(UapiError, match="save area") as caught:
+        source.vcpus[0].run(Touch(run(0, 1), write=False))
+    assert caught.value.errno == errno.EINVAL
+    other = target_of(source)
+    other.create_vcpu()
+    again = target_of(source)
+    again.create_vcpu()
+    other.memory_encrypt_op("KVM_SEV_LAUNCH_START", {"policy": 4})
+    with pytest.raises(UapiError, match="save area"):  # no LAUNCH_UPDATE_VMSA yet
+        again.move_enc_context_from(other)
+    for vm in (other, again):
+        vm.close()
     source.destroy()
     assert source.leftovers() == []
 
