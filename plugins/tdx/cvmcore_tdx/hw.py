@@ -1139,6 +1139,15 @@ class TdxModule:
         if self._poisoned is not None:
             self._poisoned[expand(pfns, 9 * level)] = False
 
+    def _check_readable(self, batch: _Batch, reads: Bools) -> None:
+        """The module reads the pages itself: one that the host has written to is a machine check, the TD is fatal."""
+        if self._poisoned is None:
+            return
+        hit = take(self._poisoned, batch.frames()) & reads
+        if np.count_nonzero(hit):
+            batch.td.fatal = True
+            batch.cut_where(hit, Status.TDX_TD_FATAL)
+
     # ---- writing entries --------------------------------------------------------------------------------------
 
     def _put(self, batch: _Batch, words: npt.ArrayLike) -> None:
@@ -1281,7 +1290,7 @@ class TdxModule:
     @operation
     def tdh_mem_track(self, tdr: int, n: int = 1) -> Steps[Result]:
         """n times in a row: a new TLB epoch begins, unless a vCPU of the previous one is still inside."""
-        td, status = yield from self._open(self._td_of.get(tdr), Operand.RCX, _GROW)
+        td, status = yield from self._open(self._td_of.get(tdr), Operand.RCX, _MANAGE)
         if td is None:
             return Result(0, status)
         done = 0
@@ -1334,9 +1343,12 @@ class TdxModule:
                 batch.cut(good, status)
                 if not batch.n:
                     return EMPTY
+                content = ~_IS_PENDING.take(batch.states())
+                self._check_readable(batch, content)
+                if not batch.n:
+                    return EMPTY
                 old, new, words = batch.frames(), _upto(targets, batch.n), batch.words.copy()
-                nexts = PAGE_RELOCATE.nexts.take(words & _STATE)
-                content = ~_IS_PENDING.take(words & _STATE)
+                nexts, content = PAGE_RELOCATE.nexts.take(words & _STATE), content[: batch.n]
                 if np.count_nonzero(content):
                     stamps = self.memory.read(where(old, content), td.hkid).copy()
                     self.memory.write(where(new, content), stamps, td.hkid)
@@ -1467,6 +1479,9 @@ class TdxModule:
         def commit(batch: _Batch) -> None:
             td = batch.td
             assert td.hash is not None
+            self._check_readable(batch, np.ones(batch.n, bool))
+            if not batch.n:
+                return
             stamps = self.memory.read(batch.frames(), td.hkid).tolist()
             for gfn, stamp in zip(array_of(batch.gfns).tolist(), stamps, strict=True):
                 content = self.memory.bytes_of(stamp)

@@ -114,6 +114,49 @@ def test_rows_of_the_state_of_the_td(world: Any, busy: Any) -> None:
     assert aug(td.lock.try_read) == "TDX_OPERAND_BUSY|RDX"
 
 
+BUILD, AUG, SEPT_ADD, SHRINK, TRACK, ENTER = range(6)
+ALLOWED = {  # section 2.5
+    OpState.UNINITIALIZED: set(),
+    OpState.INITIALIZED: {BUILD, AUG, SEPT_ADD, SHRINK, TRACK},
+    OpState.RUNNABLE: {AUG, SEPT_ADD, SHRINK, TRACK, ENTER},
+    OpState.LIVE_EXPORT: {AUG, SEPT_ADD, SHRINK, TRACK, ENTER},
+    OpState.PAUSED_EXPORT: {SHRINK, TRACK},
+    OpState.POST_EXPORT: {SHRINK, TRACK},
+}
+
+
+@pytest.mark.parametrize("op_state", ALLOWED, ids=lambda state: state.name)
+def test_leaves_by_op_state(new_world: Any, op_state: OpState) -> None:
+    """Which leaves an op state allows; the others say TDX_OP_STATE_INCORRECT, and change nothing."""
+    pages, free = run(5, 1), run(60, 1)
+    leaves: list[tuple[int, Any]] = [
+        (BUILD, lambda m, w: m.tdh_mem_page_add(w.tdr, pages, free, run(300, 1))),
+        (BUILD, lambda m, w: m.tdh_mr_extend(w.tdr, 0)),
+        (BUILD, lambda m, w: m.tdh_mr_finalize(w.tdr)),
+        (BUILD, lambda m, w: m.tdh_vp_init(w.tdvprs[0])),
+        (AUG, lambda m, w: m.tdh_mem_page_aug(w.tdr, 0, pages, free)),
+        (SEPT_ADD, lambda m, w: m.tdh_mem_sept_add(w.tdr, 1, run(512, 1), free)),
+        (SHRINK, lambda m, w: m.tdh_mem_range_block(w.tdr, 0, pages)),
+        (SHRINK, lambda m, w: m.tdh_mem_range_unblock(w.tdr, 0, pages)),
+        (SHRINK, lambda m, w: m.tdh_mem_page_relocate(w.tdr, pages, free)),
+        (SHRINK, lambda m, w: m.tdh_mem_page_demote(w.tdr, 1, run(0, 1), free)),
+        (SHRINK, lambda m, w: m.tdh_mem_page_promote(w.tdr, 1, run(0, 1))),
+        (SHRINK, lambda m, w: m.tdh_mem_page_remove(w.tdr, 0, pages)),
+        (SHRINK, lambda m, w: m.tdh_mem_sept_remove(w.tdr, 1, run(0, 1))),
+        (TRACK, lambda m, w: m.tdh_mem_track(w.tdr)),
+        (ENTER, lambda m, w: m.tdh_vp_enter(w.tdvprs[0])),
+    ]
+    for kind, leaf in leaves:
+        world = new_world().build()
+        world.td.op_state = op_state
+        before = world.snapshot()
+
+        answer = status(leaf(world.module, world))
+
+        assert (answer != "TDX_OP_STATE_INCORRECT") == (kind in ALLOWED[op_state]), leaf
+        assert answer != "TDX_OP_STATE_INCORRECT" or world.snapshot() == before
+
+
 def test_blocked_before_tracked_before_the_operand_page(world: Any) -> None:
     """Rows 10, 11 and 12 of a demote."""
     world.run()

@@ -280,6 +280,30 @@ def test_the_host_writes_a_large_page_or_a_control_page(new_world: Any) -> None:
     assert other.td.fatal
 
 
+def test_the_module_reads_what_the_host_has_written(new_world: Any) -> None:
+    """MR.EXTEND and RELOCATE read the page: machine check, the TD is dead; pages before it are done."""
+    built = new_world().build()
+    m, tdr = built.module, built.tdr
+    built.done(m.tdh_mem_page_add(tdr, run(0, 2), run(60, 2), run(300, 2)), 2)
+    m.host_access(run(61, 1), True)
+    result = m.tdh_mr_extend(tdr, 0, 32)
+    assert (result.done, describe(result.status), built.td.fatal) == (16, "TDX_TD_FATAL", True)
+
+    world = new_world().run()
+    world.map(run(0, 2), run(60, 2))
+    world.aug(run(2, 1), run(62, 1))
+    world.block(run(0, 3))
+    world.track()
+    m = world.module
+    m.host_access(run(62, 1), True)
+    assert m.tdh_mem_page_relocate(world.tdr, run(2, 1), run(72, 1)).status == 0  # pending: nothing to read
+    m.host_access(run(61, 1), True)
+    result = m.tdh_mem_page_relocate(world.tdr, run(0, 2), run(70, 2))
+    assert (result.done, describe(result.status), result.pfns) == (1, "TDX_TD_FATAL", run(60, 1))
+    assert (world.entry(0, 0), world.entry(0, 1)) == ((S.MAPPED, 70), (S.BLOCKED, 61))
+    assert world.td.fatal
+
+
 def test_a_page_that_left_the_td_is_whole_again(world: Any) -> None:
     """Poison ends when the page is removed, or zeroed by an accept."""
     world.run()
