@@ -387,6 +387,14 @@ class Accepted:
     outcome: int | npt.NDArray[np.uint8]
     level: Levels
     pfns: Sel
+    n: int
+    """Pages of the call."""
+
+    def count(self, outcome: Accept) -> int:
+        """How many pages ended so."""
+        if isinstance(self.outcome, int):
+            return self.n if self.outcome == outcome else 0
+        return int(np.count_nonzero(self.outcome == outcome))
 
     def status(self, i: int = 0) -> int | None:
         """RAX of the guest for page i; None where the call ended in a TD exit instead, or was not made."""
@@ -1868,12 +1876,12 @@ class TdxModule:
         td = self._running(tdr)
         batch = _Batch(None, td, level, gfns)
         if batch.n == 0:
-            return Accepted(int(Accept.ACCEPTED), level, EMPTY)
+            return Accepted(int(Accept.ACCEPTED), level, EMPTY, 0)
         self._check_gfns(batch)
         if batch.status or level not in (0, 1):
             raise ValueError("TDG.MEM.PAGE.ACCEPT takes private pages, aligned to a level of 0 or 1")
         if (yield td.tree.try_read) is BUSY:
-            return Accepted(int(Accept.BUSY), level, EMPTY)
+            return Accepted(int(Accept.BUSY), level, EMPTY, batch.n)
         held = yield from self._lock_entry(batch)
         if held is None:
             yield LEAF
@@ -1896,10 +1904,10 @@ class TdxModule:
             pfns = batch.frames()
             self._advance(batch, _ACCEPT_DELTAS)
             self._zero(td, level, pfns)
-            return Accepted(int(Accept.ACCEPTED), level, pfns)
+            return Accepted(int(Accept.ACCEPTED), level, pfns, batch.n)
         if batch.state >= 0 and isinstance(batch.levels, int) and not busy:
             table = ACCEPT_AT_LEVEL if batch.levels == level else ACCEPT_ABOVE
-            return Accepted(table.item(batch.state), batch.levels, EMPTY)
+            return Accepted(table.item(batch.state), batch.levels, EMPTY, batch.n)
         states = batch.states()
         at_level = np.asarray(batch.levels) == level
         outcome = np.where(at_level, ACCEPT_AT_LEVEL.take(states), ACCEPT_ABOVE.take(states))
@@ -1911,7 +1919,7 @@ class TdxModule:
             words = batch.words[good]
             self._write(td, level, where(batch.index, good), words + _ACCEPT_DELTAS.take(words & _STATE))
             self._zero(td, level, contiguous(pfns[good], 1 << 9 * level))
-        return Accepted(_common(outcome), batch.levels, contiguous(pfns, 1 << 9 * level))
+        return Accepted(_common(outcome), batch.levels, contiguous(pfns, 1 << 9 * level), batch.n)
 
     def _zero(self, td: Td, level: int, pfns: Sel) -> None:
         """Write zeros through the TD's key."""

@@ -76,11 +76,10 @@ for _outcome, _walk in {
     Accept.SIZE_MISMATCH: Walk.SMALLER,
     Accept.EPT_VIOLATION: Walk.MISS,
     Accept.EPT_VIOLATION_LARGER: Walk.LARGER,
-    Accept.BUSY: Walk.MISS,
     Accept.NOT_REACHED: Walk.UNACCEPTED,
 }.items():
     _ACCEPT_WALK[_outcome] = _walk
-"""What an ACCEPT leads to: in all but the first three cases the guest makes the same call again."""
+"""What an ACCEPT leads to; where it found a lock taken there is nothing to tell yet."""
 
 
 # ---- what KVM keeps -------------------------------------------------------------------------------------------
@@ -749,32 +748,30 @@ class Tdx:
 
     @hookimpl
     def guest_accept(self, vm: VmView, gfns: Sel, level: int) -> Steps[Access]:
-        """TDG.MEM.PAGE.ACCEPT. A call that ends in a TD exit is counted when the guest makes it again."""
+        """TDG.MEM.PAGE.ACCEPT. A call that ends in a TD exit is counted when the guest makes it again; one that finds
+        a lock taken it makes again at once."""
         state: KvmTdx = vm.arch
-        meter, n = vm.host.meter, count(gfns)
+        meter, done = vm.host.meter, 0
         name, item = "TDG.MEM.PAGE.ACCEPT", "accept_4k" if level == PG_LEVEL_4K else "accept_2m"
-
-        def how_many(accepted: Accepted, outcome: Accept) -> int:
-            if isinstance(accepted.outcome, int):
-                return n if accepted.outcome == outcome else 0
-            return int(np.count_nonzero(accepted.outcome == outcome))
-
         while True:
+            left = part(gfns, done, count(gfns))
             yield state.inside.read
-            steps = vm.host.hw.tdg_mem_page_accept.steps(state.tdr, level - 1, gfns)
+            steps = vm.host.hw.tdg_mem_page_accept.steps(state.tdr, level - 1, left)
             accepted: Accepted = yield from seamcall(
-                meter, name, item, steps, n, made=lambda accepted: how_many(accepted, Accept.ACCEPTED)
+                meter, name, item, steps, count(left), made=lambda accepted: accepted.count(Accept.ACCEPTED)
             )
             yield state.inside.release
-            if how_many(accepted, Accept.BUSY) < n:
+            refused = accepted.count(Accept.ALREADY_ACCEPTED) + accepted.count(Accept.SIZE_MISMATCH)
+            meter.op(name, "tdcall", refused)
+            if not accepted.count(Accept.BUSY):
                 break
+            done += accepted.count(Accept.ACCEPTED) + accepted.count(Accept.ALREADY_ACCEPTED)
             meter.op(name, "tdcall")
             yield RETRY
-        for outcome in (Accept.ALREADY_ACCEPTED, Accept.SIZE_MISMATCH):
-            meter.op(name, "tdcall", how_many(accepted, outcome))
-        if isinstance(accepted.outcome, int):
-            return Access(_ACCEPT_WALK.item(accepted.outcome), accepted.pfns)
-        return Access(_ACCEPT_WALK.take(accepted.outcome), accepted.pfns)
+        status: Any = _ACCEPT_WALK[accepted.outcome]
+        if done and np.count_nonzero(status):
+            status = np.concatenate((np.zeros(done, np.uint8), np.broadcast_to(status, count(left))))
+        return Access(status if np.ndim(status) else int(status), EMPTY if done else accepted.pfns)
 
     @hookimpl
     def guest_access(self, vm: VmView, gfns: Sel, pfns: Sel, write: bool, private: bool) -> Access:

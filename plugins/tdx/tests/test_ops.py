@@ -530,6 +530,28 @@ def test_a_busy_accept_is_made_again(new_vm: Any, busy: Any, gfns: Any) -> None:
     assert vm.host.meter.counts["tdcall"] == 3
 
 
+def test_a_page_within_a_batch_is_busy(new_vm: Any) -> None:
+    """Another vCPU accepts one of the pages: the guest makes that call again, and no call on the pages before it."""
+    vm = new_vm()
+    vm.fault(run(0, 6), run(1, 6))
+    td = td_of(vm)
+    td.held[(0, 3)] = td.lock
+    steps = vm.hooks.guest_accept(vm, run(0, 7), 1)
+    while next(steps).name != "fault.retry":
+        pass
+    accepted = vm.host.meter.counts["accept_4k"]
+    td.held.clear()
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        access = end.value
+
+    assert accepted == 3
+    assert access.status.tolist() == [Walk.OK] * 6 + [Walk.MISS]
+    assert (vm.host.meter.counts["accept_4k"], vm.host.meter.counts["tdcall"]) == (6, 1)
+
+
 def test_access(new_vm: Any) -> None:
     """Private accesses are walked by the module's tables, shared ones are none of its business."""
     vm = new_vm()
