@@ -315,6 +315,8 @@ class Capabilities:
     """Guests accept all of their memory when they start, not each page before they first use it."""
     fault_tells_accept_level: bool = False
     """A fault raised by an accept tells the host the size that the guest accepts; it maps no larger then."""
+    retries_in_kvm: bool = False
+    """A private fault that was overtaken is made again inside KVM: the vCPU does not enter for it in between."""
     unaccepted_is_fatal: bool = False
     """Touching a private page before accepting it kills the VM (else the guest gets an exception)."""
     honours_notifiers: bool = True

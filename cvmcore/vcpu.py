@@ -366,18 +366,33 @@ class Vcpu:
         fault: Fault = yield from resolve(vm, self, gfns, write, private, max_level=max_level)
         self.faults += fault.faults
         vm.host.meter.charge("vm_exit", fault.faults + (fault.ret not in MAPPED))
-        if fault.ret is RetPf.RETRY:
+        done, tries = fault.done, Tries(vm)
+        while fault.ret is RetPf.RETRY:
             self.retries += 1
             yield RETRY
-        elif fault.ret not in MAPPED:
+            page = part(gfns, done, done + 1)
+            if not self._stays_in_kvm(first(page), private):
+                break
+            tries.again(first(page), private)
+            fault = yield from resolve(vm, self, page, write, private, max_level=max_level)
+            self.faults += fault.faults
+            done += fault.done
+        if fault.ret not in MAPPED and fault.ret is not RetPf.RETRY:
             if fault.exit is not None:
-                return fault.exit, fault.done
-            return Shutdown(fault.errno, fault.why or "the fault could not be resolved"), fault.done
+                return fault.exit, done
+            return Shutdown(fault.errno, fault.why or "the fault could not be resolved"), done
         if vm.dead:
-            return Shutdown(errno.EIO, vm.dead_because), fault.done
+            return Shutdown(errno.EIO, vm.dead_because), done
         yield from self._enter()
         yield GUEST
-        return None, fault.done
+        return None, done
+
+    def _stays_in_kvm(self, gfn: int, private: bool) -> bool:
+        """Whether a fault that was overtaken is resolved again at once: not on a memslot that is going away, which
+        waits for the vCPU to come out (kernel: tdx_handle_ept_violation)."""
+        vm = self.vm
+        slot = vm.slots.find(gfn)
+        return vm.caps.retries_in_kvm and private and not vm.dead and not (slot is not None and slot.invalid)
 
     def _mismatch(self, gfns: Sel, write: bool) -> Steps[None]:
         """The tables map the page but the trusted table disagrees: exit, and let the backend mend it."""

@@ -170,6 +170,7 @@ class Tdx:
             needs_accept=True,
             accepts_eagerly=options["accept"] == "eager",
             fault_tells_accept_level=True,
+            retries_in_kvm=True,
             unaccepted_is_fatal=True,
             dirty_logging=False,
             read_only_slots=False,

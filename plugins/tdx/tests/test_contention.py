@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cvmcore.effects import Steps
 from cvmcore.guest import Machine
 from cvmcore.host import Host
-from cvmcore.pages import run
+from cvmcore.observers import observes
+from cvmcore.pages import array_of, run
 from cvmcore.runner import load_profile_for
 from cvmcore.sched import Timed
+from cvmcore.types import Retry, Stopped
 from cvmcore_tdx.ops import TDX
 
 PAGES = 64
@@ -147,6 +150,54 @@ def test_vcpus_accept_beside_a_removal() -> None:
     assert not machine.vm.vm.dead
     machine.destroy()
     assert machine.leftovers() == []
+
+
+class BusyTwice:
+    """An AUG of one page finds the Secure EPT busy, and once more."""
+
+    def __init__(self, gfn: int) -> None:
+        self.gfn, self.left = gfn, 2
+        self.outside: list[bool] = []
+
+    @observes
+    def intercept(self, hook: str, arguments: dict[str, Any]) -> Any:
+        if hook != "set_private_spte" or self.left == 0:
+            return None
+        at = np.flatnonzero(array_of(arguments["batch"].gfns) == self.gfn)
+        if not len(at):
+            return None
+        self.outside += [not vcpu.in_guest for vcpu in arguments["vm"].vcpus]
+        self.left -= 1
+        return Stopped(0, Retry())
+
+
+@pytest.mark.parametrize("gfns", [run(5, 1), run(5, 3)])
+def test_a_busy_fault_is_made_again_inside_kvm(gfns: Any) -> None:
+    """RET_PF_RETRY loops in tdx_handle_ept_violation: the guest does not run in between, so exits once for the page."""
+    busy, calm = BusyTwice(5), BusyTwice(-1)
+    exits = []
+    for observer in (busy, calm):
+        host = Host(TDX, load_profile_for(TDX, None), nr_frames=1 << 14, observers=[observer])
+        machine = Machine(host, 4 << 20)
+        machine.launch()
+        machine.guest.write(gfns)
+        exits.append(host.meter.counts["vm_exit"])
+        assert machine.guest.check() == []
+        assert machine.vcpus[0].vcpu.retries == (2 if observer is busy else 0)
+
+    assert exits[0] == exits[1] == len(array_of(gfns))
+    assert busy.outside == [True, True]
+
+
+def test_a_fault_on_a_memslot_that_goes_away_lets_the_vcpu_out() -> None:
+    """It is not made again inside KVM, whose end of the memslot waits for it."""
+    machine = td(mib=4)
+    vcpu, slot = machine.vcpus[0].vcpu, next(iter(machine.vm.vm.slots))
+
+    assert vcpu._stays_in_kvm(5, True)
+    assert not vcpu._stays_in_kvm(5, False)
+    slot.invalid = True
+    assert not vcpu._stays_in_kvm(5, True)
 
 
 # ---- eager ----------------------------------------------------------------------------------------------------
