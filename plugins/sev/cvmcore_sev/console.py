@@ -2,7 +2,8 @@
 
 Addresses are page numbers (pfn, gfn). `nr` pages are so many instructions, one behind the other: what the host and the
 firmware do ends at the first that is refused (`done` says how many took effect), a guest's instruction is told for
-each page (`answers`). Every answer has a status, its code, and the RMP entries of what was named.
+each page (`answers`). Every answer has a status, its code, and the RMP entries of what was named; a nested page fault
+also `exitinfo1`, as the hypervisor sees it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from cvmcore.errors import InputError
 from cvmcore.memory import SCRAMBLED, Memory
 from cvmcore.pages import array_of, count, run
 from cvmcore.types import PG_LEVEL_2M, PG_LEVEL_4K
-from cvmcore_sev.errors import PageState, PageType, RmpStatus, SevStatus
+from cvmcore_sev.errors import PageState, PageType, RmpStatus, SevStatus, exit_info_1
 from cvmcore_sev.hw import Answer, Command, Progress, SevHardware
 
 P = ParamSpec("P")
@@ -114,12 +115,15 @@ class Console:
         told = {"status": result.status.name, "code": int(result.status), "done": result.done}
         return told | more | {"entries": self._entries(pfns)}
 
-    def _answers(self, answer: Answer, pfns: slice, **more: Any) -> Told:
+    def _answers(self, answer: Answer, pfns: slice, encrypted: bool = False, **more: Any) -> Told:
         codes = np.broadcast_to(np.asarray(answer, np.uint8), count(pfns))
         refused = codes[codes != 0]
         first = RmpStatus(int(refused[0])) if len(refused) else RmpStatus.OK
         names = [RmpStatus(int(code)).name for code in codes[:SHOWN]]
-        return {"status": first.name, "code": int(first), "answers": names} | more | {"entries": self._entries(pfns)}
+        bits = exit_info_1(first, encrypted)
+        fault = {"exitinfo1": hex(bits)} if bits else {}
+        told = {"status": first.name, "code": int(first), "answers": names}
+        return told | fault | more | {"entries": self._entries(pfns)}
 
     def _status(self, status: SevStatus, pfn: int | None = None, **more: Any) -> Told:
         told: Told = {"status": status.name, "code": int(status)} | more
@@ -217,7 +221,7 @@ class Console:
         answer = self.rmp.check_private(
             pfns, _run(gfn, nr), asid=asid, level=_level(size), vmpl=vmpl, access=access
         )
-        return self._answers(answer, pfns)
+        return self._answers(answer, pfns, encrypted=True)
 
     @op
     def vmrun(self, pfn: int, gfn: int, asid: int) -> Told:

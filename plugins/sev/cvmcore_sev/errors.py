@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import Final
 
 
 class RmpStatus(enum.IntEnum):
@@ -27,6 +28,21 @@ class RmpStatus(enum.IntEnum):
     VMEXIT_INVALID = 0x85  # VMRUN refuses the VMSA
     NOT_REACHED = 0x86  # no answer: the guest stopped at an earlier page (`Rmp.pvalidate`, stop_at)
     NO_CHANGE = 255
+
+
+NPF_BIT_RMP, NPF_BIT_ENC, NPF_BIT_SIZEM, NPF_BIT_VMPL = (1 << bit for bit in (31, 34, 35, 36))
+"""Bits that the RMP's checks set in EXITINFO1 of a nested page fault (APM vol. 2 15.36.10)."""
+NPF_BITS: Final = {
+    RmpStatus.NPF_RMP: NPF_BIT_RMP,
+    RmpStatus.NPF_SIZEM: NPF_BIT_RMP | NPF_BIT_SIZEM,
+    RmpStatus.NPF_VMPL: NPF_BIT_VMPL,
+}
+
+
+def exit_info_1(status: RmpStatus, encrypted: bool = False) -> int:
+    """Those bits for a status; 0 where it is no nested page fault. encrypted: a guest's access with C=1."""
+    bits = NPF_BITS.get(status, 0)
+    return bits | NPF_BIT_ENC if encrypted and bits & NPF_BIT_RMP else bits
 
 
 class SevStatus(enum.IntEnum):

@@ -144,6 +144,20 @@ def test_frames_past_the_table_are_answered_as_the_hardware_does(ops):
         assert ops[name](9000)["done"] == 0, name
 
 
+def test_what_the_hypervisor_sees_of_a_fault(ops):
+    """EXITINFO1: 31 RMP, 34 ENC, 35 SIZEM, 36 VMPL."""
+    ops["rmpupdate"](512, 512, asid=1, size="2m")
+    assert ops["private_access"](512, 512, 2)["exitinfo1"] == hex(1 << 31 | 1 << 34)
+    assert ops["private_access"](512, 512, 1)["exitinfo1"] == hex(1 << 31 | 1 << 34 | 1 << 35)
+    assert ops["pvalidate"](512, 512, 1)["exitinfo1"] == hex(1 << 31 | 1 << 35)
+    assert ops["pvalidate"](512, 512, 2)["exitinfo1"] == hex(1 << 31)
+    assert ops["shared_access"](512, write=True)["exitinfo1"] == hex(1 << 31)
+    assert "exitinfo1" not in ops["private_access"](512, 512, 1, size="2m")  # #VC in the guest: not validated
+    assert "exitinfo1" not in ops["host_access"](512, write=True)  # the host's own page fault
+    ops["pvalidate"](512, 512, 1, size="2m")
+    assert ops["private_access"](512, 512, 1, size="2m", vmpl=1)["exitinfo1"] == hex(1 << 36)
+
+
 def test_the_command_names_the_line_of_a_mistake(monkeypatch, capfd):
     script = '{"op": "rmpupdate", "pfn": 100, "gfn": 7, "asid": 1}\n{"op": "pvalidate", "pfn": 100}\n'
     monkeypatch.setattr("sys.stdin", io.StringIO(script))
