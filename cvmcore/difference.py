@@ -15,6 +15,7 @@ import attrs
 from cvmcore.errors import InputError
 from cvmcore.modelfront import ModelFront
 from cvmcore.script import located, read
+from cvmcore.uapi import MAX_GFN
 from cvmcore.uapiscript import Answer, Script, number
 
 NOT_COMPARED = ("why", "stats")
@@ -104,6 +105,14 @@ def _logs_what_was_only_read(step: Step) -> bool:
     return theirs < ours and ours - theirs <= step.front.unwritten(step.fd, step.arguments["slot"])
 
 
+def _lies_above_48_bits(step: Step) -> bool:
+    """A memslot that the model refuses for its address alone, and that a kernel whose addresses are wider makes."""
+    if step.op not in ("set_user_memory_region", "set_user_memory_region2"):
+        return False
+    end = number(step.arguments["gpa"], "gpa") + number(step.arguments["size"], "size")
+    return (step.model["status"], step.kernel["status"]) == ("EINVAL", "OK") and MAX_GFN << 12 < end <= 1 << 52
+
+
 def _unrolled(answer: Answer) -> list[int]:
     return [stamp for stamp, n in answer["seen"] for _ in range(n)]
 
@@ -131,6 +140,13 @@ QUIRKS: tuple[Quirk, ...] = (
         "kernel maps the zero page read-only, and logs the page when it is written",
         frozenset({"dirty"}),
         _logs_what_was_only_read,
+    ),
+    Quirk(
+        "guest-physical-width",
+        "guest physical addresses of the model have 48 bits; with shadow paging, and on larger machines, up to 52",
+        frozenset({"status"}),
+        _lies_above_48_bits,
+        ends=True,
     ),
 )
 """Known differences: defects of kernels, and what the model leaves out."""

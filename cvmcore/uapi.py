@@ -53,6 +53,8 @@ MAX_NR_PAGES = (1 << 31) - 1
 MAX_VCPU_IDS = 4096
 MAX_GFN = 1 << 36
 """First gfn that no memslot may reach (guest physical addresses of 48 bits)."""
+USER_PTR_MAX = TASK_SIZE - PAGE_BYTES
+"""Where what a user may name ends: the last page below TASK_SIZE is a guard (x86: TASK_SIZE_MAX)."""
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 KVM_CAP_NR_MEMSLOTS, KVM_CAP_READONLY_MEM, KVM_CAP_USER_MEMORY2, KVM_CAP_MEMORY_FAULT_INFO = 10, 81, 231, 232
 KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_GUEST_MEMFD, KVM_CAP_PRE_FAULT_MEMORY, KVM_CAP_GUEST_MEMFD_FLAGS = 233, 234, 236, 244
@@ -476,7 +478,7 @@ class VmFd:
             raise bad(f"flags {flags:#x}")
         if flags & KVM_MEM_GUEST_MEMFD and flags & (KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY):
             raise bad("guest_memfd slots cannot be logged or read only")
-        if (size_bytes | gpa | hva) & PAGE_MASK or hva > TASK_SIZE - size_bytes:
+        if (size_bytes | gpa | hva) & PAGE_MASK or hva > USER_PTR_MAX - size_bytes:
             raise bad("size, gpa and hva must be whole pages, hva a user address")
         if flags & KVM_MEM_GUEST_MEMFD and (gmem_offset & PAGE_MASK or gmem_offset + size_bytes >= U64):
             raise bad("the guest_memfd offset must be a whole page, and offset + size must not wrap")

@@ -365,6 +365,39 @@ def test_pages_that_were_only_read_are_a_known_difference() -> None:
     assert log([2, 9]).quirk is None  # the kernel logs one that nobody touched
 
 
+def test_wider_guest_physical_addresses_are_a_known_difference() -> None:
+    """Memslots between 48 and 52 bits that a kernel makes, and nothing else that it makes."""
+
+    def step(gpa: int, status: str = "OK", **more: Any) -> Step:
+        line = {"op": "set_user_memory_region", "slot": 1, "gpa": gpa, "size": "4K", **more}
+        lines = [{"op": "create_vm", "answer": {"status": "OK", "state": {}}},
+                 line | {"answer": {"status": status, "state": {}}}]  # fmt: skip
+        return list(against(Script(model_front("default")), text(lines), "here"))[1]
+
+    assert step((1 << 48) - 4096).differs == []
+    assert step(1 << 48).quirk is QUIRKS[2]
+    assert step((1 << 52) - 4096).quirk is QUIRKS[2]
+    assert step(1 << 52).quirk is None  # no address has as many bits
+    assert step(1 << 48, "EEXIST").quirk is None
+    assert (step(0, flags=8).differs, step(0, flags=8).quirk) == (["status"], None)
+
+
+@needs_kvm
+def test_descriptors_of_a_vcpu_come_and_go(server: Server) -> None:
+    """Its guest goes on by the one that is left, also where the access leaves KVM for user space."""
+    lines = text([
+        *SHARED_SLOT, {"op": "dup", "fd": "vcpu", "name": "v"}, {"op": "close", "fd": "vcpu"},
+        {"op": "guest_read", "pages": 17, "vcpu": "v"}, {"op": "guest_write", "pages": 1, "stamp": 1, "vcpu": "v"},
+        {"op": "dup", "fd": "vm", "name": "w"}, {"op": "close", "fd": "vm"},
+        {"op": "create_vcpu", "vm": "w", "name": "u", "id": 9}, {"op": "close", "fd": "w"},
+        {"op": "guest_read", "pages": 2, "vcpu": "u"},
+    ])  # fmt: skip
+    steps = list(beside(Script(model_front("default", options=OPTIONS)), Script(LiveFront(server)), lines, "here"))
+
+    assert [explained(step) for step in steps if step.differs] == []
+    assert steps[-1].kernel["seen"] == [[1, 1], [0, 1]]
+
+
 @needs_kvm
 def test_quirk_ends_the_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On kernels that have it; on others there is no difference."""

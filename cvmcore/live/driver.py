@@ -93,10 +93,10 @@ class Vm:
 
 
 class Vcpu:
-    """A vCPU: its kvm_run, and the guest that runs on it."""
+    """A vCPU: its kvm_run, and the VM that it is of. Descriptors of it may come and go."""
 
-    def __init__(self, fd: int, run: int, vm: Vm) -> None:
-        self.fd, self.run, self.vm = fd, run, vm
+    def __init__(self, run: int, vm: Vm) -> None:
+        self.run, self.vm = run, vm
 
     def word(self, offset: int) -> int:
         return ctypes.c_uint32.from_address(self.run + offset).value
@@ -104,12 +104,12 @@ class Vcpu:
     def union(self, layout: str) -> tuple[Any, ...]:
         return struct.unpack(layout, ctypes.string_at(self.run + layouts.RUN_UNION, struct.calcsize(layout)))
 
-    def finish(self) -> None:
+    def finish(self, fd: int) -> None:
         """Let KVM complete the instruction that left the guest."""
         byte = ctypes.c_uint8.from_address(self.run + layouts.RUN_IMMEDIATE_EXIT)
         byte.value = 1
         try:
-            fcntl.ioctl(self.fd, layouts.KVM_RUN, 0)
+            fcntl.ioctl(fd, layouts.KVM_RUN, 0)
         except OSError as error:
             if error.errno != errno.EINTR:
                 raise
@@ -170,7 +170,7 @@ class Driver:
         assert isinstance(owner, Vm)
         run = mapped(self.run_bytes, fd)
         if owner.kind >= Vm.ENCRYPTED:
-            return self._opened(fd, Vcpu(fd, run, owner))
+            return self._opened(fd, Vcpu(run, owner))
         fcntl.ioctl(fd, layouts.KVM_SET_CPUID2, self.cpuid)
         sregs = bytearray(layouts.SREGS_BYTES)
         fcntl.ioctl(fd, layouts.KVM_GET_SREGS, sregs)
@@ -183,7 +183,7 @@ class Driver:
             ctypes.memmove(owner.harness, image, len(image))
             region = struct.pack(layouts.REGION2, guest.SLOT, 0, guest.BASE, size, owner.harness, 0, 0, *[0] * 15)
             fcntl.ioctl(vm, layouts.KVM_SET_USER_MEMORY_REGION, region[: layouts.REGION_BYTES])
-        return self._opened(fd, Vcpu(fd, run, owner))
+        return self._opened(fd, Vcpu(run, owner))
 
     def do_create_guest_memfd(self, vm: int, size: int, flags: int) -> Answer:
         wanted = bytearray(struct.pack(layouts.GUEST_MEMFD, size & MASK, flags & MASK, *[0] * 6))
@@ -285,7 +285,7 @@ class Driver:
         if leave is not None:
             answer["exit"] = leave
         if reason in ("IO", "MMIO") and "status" not in answer:
-            vcpu.finish()
+            vcpu.finish(fd)
         seen = list(struct.unpack(f"<{done}I", ctypes.string_at(at, done * 4))) if stamp is None else []
         return {"done": done, **answer}, seen
 

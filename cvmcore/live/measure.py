@@ -41,8 +41,8 @@ class Bench:
         self.vm = int(driver.do_create_vm(0)["fd"])
         self.file = int(driver.do_create_guest_memfd(self.vm, PAGES * PAGE, 3)["fd"])
         driver.do_set_user_memory_region2(self.vm, 0, 4, 0, PAGES * PAGE, 0, self.file, 0)
-        fd = driver.do_create_vcpu(self.vm, 0)["fd"]
-        vcpu = driver.open[fd]
+        self.vcpu_fd = int(driver.do_create_vcpu(self.vm, 0)["fd"])
+        vcpu = driver.open[self.vcpu_fd]
         assert isinstance(vcpu, Vcpu)
         self.vcpu = vcpu
         self.empty_ns = self._empty()
@@ -138,22 +138,22 @@ class Bench:
         times = 50
         for _ in range(times):
             self._list([REACH_NOTHING])
-            total += self._timed(1, lambda: fcntl.ioctl(self.vcpu.fd, layouts.KVM_RUN, 0))
-            self.vcpu.finish()
+            total += self._timed(1, lambda: fcntl.ioctl(self.vcpu_fd, layouts.KVM_RUN, 0))
+            self.vcpu.finish(self.vcpu_fd)
         return total / times
 
     def _list(self, gfns: list[int]) -> None:
         at = self.vcpu.vm.harness + guest.LIST_PAGE * PAGE
         words = struct.pack(f"<{len(gfns)}I", *gfns)
         ctypes.memmove(at, words, len(words))
-        fcntl.ioctl(self.vcpu.fd, layouts.KVM_SET_REGS, guest.registers(len(gfns), None))
+        fcntl.ioctl(self.vcpu_fd, layouts.KVM_SET_REGS, guest.registers(len(gfns), None))
 
     def guest_touch(self) -> float:
         """The guest's first touch of a page that is allocated and cleared, and that the host does not map."""
         self._emptied()
         self._touched(clear=False)
-        total = self._timed(PAGES, lambda: self.driver._run(self.vcpu.fd, list(range(PAGES)), None))
-        again = self._timed(PAGES, lambda: self.driver._run(self.vcpu.fd, list(range(PAGES)), None))
+        total = self._timed(PAGES, lambda: self.driver._run(self.vcpu_fd, list(range(PAGES)), None))
+        again = self._timed(PAGES, lambda: self.driver._run(self.vcpu_fd, list(range(PAGES)), None))
         return max(0.0, total - again)
 
 

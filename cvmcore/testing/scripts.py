@@ -142,6 +142,31 @@ def watched_slots(draw: st.DrawFn) -> Unit:
     return [one for i, one in enumerate(lines) if i not in kept]
 
 
+@st.composite
+def other_vms(draw: st.DrawFn) -> Unit:
+    """Another VM, whose descriptors come and go: files of one in memslots of the other, and memory behind both."""
+    base, pages = draw(bases), draw(page_counts)
+    region = {"op": "set_user_memory_region2", "slot": draw(slots), "gpa": base, "size": pages * PAGE}
+    read = {"op": "guest_read", "gpa": base, "pages": pages}
+    lines: Unit = [
+        {"op": "create_vm", "name": "w"},
+        {"op": "create_vcpu", "vm": "w", "name": "wc", "id": draw(st.sampled_from([0, 3]))},
+        {"op": "create_guest_memfd", "vm": "w", "name": "wf", "size": 64 * PAGE, "flags": 3},
+        region | {"flags": 4, "fd": "wf"},
+        region | {"vm": "w", "flags": 4, "fd": draw(st.sampled_from(["wf", "wf", "f0"]))},
+        region | {"vm": "w", "slot": 7, "gpa": base + (64 << 20), "hva": draw(page_places)},
+        {"op": "guest_write", "vcpu": "wc", "gpa": base, "pages": pages, "stamp": draw(stamps)},
+        {"op": "guest_write", "vcpu": "wc", "gpa": base + (64 << 20), "pages": pages, "stamp": draw(stamps)},
+        {"op": "dup", "fd": "w", "name": "w1"}, {"op": "dup", "fd": "wc", "name": "wc1"},
+        {"op": "close", "fd": "w"}, {"op": "close", "fd": "wc"}, read | {"vcpu": "wc1"}, read,
+        {"op": "create_vcpu", "vm": "w1", "name": "wc", "id": 5}, {"op": "close", "fd": "w1"},
+        read | {"vcpu": "wc"}, {"op": "fallocate", "fd": "wf", "mode": 3, "offset": 0, "size": pages * PAGE},
+        {"op": "close", "fd": "wf"}, read | {"vcpu": "wc"}, {"op": "close", "fd": "wc"}, read | {"vcpu": "wc1"},
+    ]
+    kept = draw(st.sets(st.integers(0, len(lines) - 1), max_size=6))
+    return [one for i, one in enumerate(lines) if i not in kept]
+
+
 plain_slots = line(
     "set_user_memory_region2", slot=slots, flags=st.sampled_from([0, 0, 1, 1, 2, 3, 8]),
     gpa=mostly(bytes_of([0, 0, 16, 64, 128, 0x1F0, 0x200]), [1, -4096, 1 << 52], 16), size=sizes, hva=places,
@@ -155,7 +180,7 @@ deletions = line("set_user_memory_region2", slot=slots, gpa=bases, size=st.just(
 units: SearchStrategy[Unit] = st.one_of(
     line("create_guest_memfd", name=files, size=file_sizes, flags=file_flags),
     gmem_slots(), gmem_slots(), gmem_slots(),
-    unmappable_slots(), orphaned_slots(), watched_slots(),
+    unmappable_slots(), orphaned_slots(), watched_slots(), other_vms(),
     plain_slots, plain_slots, old_slots,
     deletions, deletions,
     line("guest_write", gpa=gpas, pages=page_counts, stamp=stamps, vcpu=vcpus),
