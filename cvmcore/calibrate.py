@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from statistics import median
 
 import attrs
@@ -137,8 +136,3 @@ def profile_text(prices: list[Price], extends: str) -> str:
         source = price.source.replace("\\", "\\\\").replace('"', '\\"')
         lines.append(f'{price.item} = {{ ns = {price.ns:g}, source = "{source}", confidence = "{price.confidence}" }}')
     return "\n".join(lines) + "\n"
-
-
-def write_profile(path: Path, prices: list[Price], extends: str) -> None:
-    """Write the profile. Raises OSError."""
-    path.write_text(profile_text(prices, extends), encoding="utf-8")

@@ -60,6 +60,8 @@ def test_what_cannot_be_measured(capsys: pytest.CaptureFixture[str], tmp_path: P
 def test_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "my.toml"
 
+    assert main(["calibrate", "--live", "-o", str(tmp_path / "no" / "my.toml")]) == 2  # before anything is measured
+    assert "my.toml: cannot be written: No such file" in capsys.readouterr().err
     assert main(["calibrate", "--live", "-o", str(path), "--times", "2"]) == 0
     assert "gmem_alloc_4k" in capsys.readouterr().out
     arguments = ["run", "touch", "--backend", "default", "--mem", "16M", "--profile", str(path)]

@@ -121,7 +121,7 @@ LAST = (1 << 64) - 4096
 
 
 def test_fields_of_64_bits_have_no_sign() -> None:
-    """-4096 is the last page: what ends before it does not wrap. Slot ids have 32 bits; a user's last page is a guard."""
+    """-4096 is the last page: what ends before it does not wrap. Slot ids have 32 bits; no user has the last page."""
     found = only(
         {"op": "pre_fault_memory", "gpa": 0, "size": -4096},
         {"op": "pre_fault_memory", "gpa": 0, "size": LAST},

@@ -160,8 +160,9 @@ def calibrate(
 
     Fault-in, punch, memslots and the guest's first touch are measured on /dev/kvm; all else is the backend's own.
     """
-    from cvmcore.calibrate import calibrated, write_profile
+    from cvmcore.calibrate import calibrated, profile_text
     from cvmcore.live.front import Server
+    from cvmcore.outfile import OutFile
     from cvmcore.plugins import load_backend
 
     if not live:
@@ -169,12 +170,9 @@ def calibrate(
     chosen = load_backend(backend)
     if chosen.kvm_type != 0:
         raise InputError(f"calibrate measures VM type 0, which backend {backend} is not: take default")
-    with Server() as server:
+    with Server() as server, OutFile(output) as out:
         prices = calibrated(server, chosen, times)
-    try:
-        write_profile(output, prices, backend)
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written: {error.strerror or error}") from None
+        out.put(profile_text(prices, backend))
     rows = [(price.item, f"{price.ns:,.0f}", price.confidence) for price in prices]
     say(table(("price", "ns", "confidence"), rows))
 
