@@ -78,7 +78,7 @@ def _reads_what_is_behind(step: Step) -> bool:
     if gfns is None:
         first = number(step.arguments.get("gpa", 0), "gpa") >> 12
         gfns = range(first, first + step.arguments.get("pages", 1))
-    behind, done = step.front.behind(step.fd), gfns[: step.model["done"]]
+    behind, done = step.front.behind(step.fd), gfns[: step.model.get("done", 0)]
     if step.op == "guest_read":
         for gfn, ours, theirs in zip(done, _unrolled(step.model), _unrolled(step.kernel), strict=True):
             if ours != theirs and behind.get(gfn) != theirs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -164,6 +165,9 @@ def test_without_kvm_one_sentence(
 
 def test_quirks_say_why() -> None:
     assert all(quirk.reason and quirk.fields for quirk in QUIRKS)
+    text = (HERE.parent / "docs" / "live.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \|.*\| (yes|no) \|$", text, re.MULTILINE)
+    assert rows == [(quirk.name, "yes" if quirk.ends else "no") for quirk in QUIRKS]
 
 
 def with_other_memory_behind(seen: list[list[int]], pages: list[list[int]], **more: Any) -> Step:
