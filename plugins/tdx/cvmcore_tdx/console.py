@@ -17,7 +17,7 @@ from cvmcore.errors import InputError
 from cvmcore.memory import Memory
 from cvmcore.pages import Sel, array_of, count, run
 from cvmcore.types import Walk
-from cvmcore_tdx.errors import Operand, code, describe, operand
+from cvmcore_tdx.errors import LEVEL_STATUSES, Operand, code, describe, operand
 from cvmcore_tdx.hw import Accept, Result, SeptState, TdxModule
 
 P = ParamSpec("P")
@@ -73,7 +73,10 @@ class Console:
 
     def _status(self, status: int, **more: Any) -> Answer:
         told: Answer = {"status": describe(status).partition("|")[0], "code": f"{code(status):#018x}"}
-        if low := operand(status):
+        low = operand(status)
+        if code(status) in LEVEL_STATUSES:
+            told["level"] = low
+        elif low:
             told["operand"] = Operand(low).name if low in Operand._value2member_map_ else low
         return told | more
 
@@ -307,12 +310,16 @@ class Console:
 
     @op
     def tdg_mem_page_accept(self, tdr: int, level: int, gfn: int) -> Answer:
-        """The guest accepts a page; with an outcome EPT_VIOLATION the call ends in a TD exit, and has no status."""
+        """The guest accepts a page; with an outcome EPT_VIOLATION the call ends in a TD exit: an extended qualification
+        (level asked for, level, state and kind of the entry found), no status."""
         gfns = _pages(gfn, 1, level)
         accepted = self.module.tdg_mem_page_accept(tdr, level, gfns)
         outcome = Accept(accepted.outcome if isinstance(accepted.outcome, int) else int(accepted.outcome[0]))
         status = accepted.status()
-        told = {"status": "TD_EXIT", "code": None} if status is None else self._status(status)
+        violation = accepted.violation()
+        told = self._status(status) if status is not None else {"status": "TD_EXIT", "code": None}
+        if violation is not None:
+            told["qualification"] = f"{violation:#x}"
         return told | {"outcome": outcome.name, "state": self._entries(tdr, level, gfns)}
 
     @op

@@ -78,7 +78,7 @@ class Operand(enum.IntEnum):
 
 
 _OPERAND_BITS = 0xFFFF_FFFF
-_LEVEL_STATUSES = (Status.TDX_PAGE_ALREADY_ACCEPTED, Status.TDX_PAGE_SIZE_MISMATCH)
+LEVEL_STATUSES = (Status.TDX_PAGE_ALREADY_ACCEPTED, Status.TDX_PAGE_SIZE_MISMATCH)
 """Their low bits hold the level that was found."""
 
 
@@ -106,6 +106,6 @@ def describe(status: int) -> str:
     low = operand(status)
     if not low:
         return name
-    if code(status) in _LEVEL_STATUSES:
+    if code(status) in LEVEL_STATUSES:
         return f"{name}|level {low}"
     return f"{name}|{Operand(low).name if low in Operand._value2member_map_ else low}"

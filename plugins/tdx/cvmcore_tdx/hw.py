@@ -381,14 +381,16 @@ class Accepted:
     """How TDG.MEM.PAGE.ACCEPT went, page by page.
 
     outcome: one `Accept` for all, or a uint8 array. level: the level at which the walk found something. pfns: first
-    4K frame of each page, in batch order; only those of accepted pages count (EMPTY where there is none).
+    4K frame of each page, in batch order; only those of accepted pages count (EMPTY where there is none). state: that
+    of the entry found, one for all or one each. n: pages of the call, asked: their level.
     """
 
     outcome: int | npt.NDArray[np.uint8]
     level: Levels
     pfns: Sel
+    state: int | Words
     n: int
-    """Pages of the call."""
+    asked: int
 
     def count(self, outcome: Accept) -> int:
         """How many pages ended so."""
@@ -411,6 +413,16 @@ class Accepted:
                 return Status.TDX_OPERAND_BUSY | Operand.RCX
             case _:
                 return None
+
+    def violation(self, i: int = 0) -> int | None:
+        """Of an EPT violation the extended exit qualification, type ACCEPT, from which the host learns what the guest
+        accepts: level asked for [2:0], level found [5:3], state found [13:6], whether that is a leaf [14]."""
+        outcome = self.outcome if isinstance(self.outcome, int) else int(self.outcome[i])
+        if outcome not in (Accept.EPT_VIOLATION, Accept.EPT_VIOLATION_LARGER):
+            return None
+        level = self.level if isinstance(self.level, int) else int(self.level[i])
+        state = _S(self.state if isinstance(self.state, int) else int(self.state[i]))
+        return self.asked | level << 3 | state.public << 6 | (state in LEAF_STATES) << 14
 
 
 # ---- objects --------------------------------------------------------------------------------------------------
@@ -1876,12 +1888,12 @@ class TdxModule:
         td = self._running(tdr)
         batch = _Batch(None, td, level, gfns)
         if batch.n == 0:
-            return Accepted(int(Accept.ACCEPTED), level, EMPTY, 0)
+            return Accepted(int(Accept.ACCEPTED), level, EMPTY, 0, 0, level)
         self._check_gfns(batch)
         if batch.status or level not in (0, 1):
             raise ValueError("TDG.MEM.PAGE.ACCEPT takes private pages, aligned to a level of 0 or 1")
         if (yield td.tree.try_read) is BUSY:
-            return Accepted(int(Accept.BUSY), level, EMPTY, batch.n)
+            return Accepted(int(Accept.BUSY), level, EMPTY, 0, batch.n, level)
         held = yield from self._lock_entry(batch)
         if held is None:
             yield LEAF
@@ -1904,10 +1916,10 @@ class TdxModule:
             pfns = batch.frames()
             self._advance(batch, _ACCEPT_DELTAS)
             self._zero(td, level, pfns)
-            return Accepted(int(Accept.ACCEPTED), level, pfns, batch.n)
+            return Accepted(int(Accept.ACCEPTED), level, pfns, batch.state, batch.n, level)
         if batch.state >= 0 and isinstance(batch.levels, int) and not busy:
             table = ACCEPT_AT_LEVEL if batch.levels == level else ACCEPT_ABOVE
-            return Accepted(table.item(batch.state), batch.levels, EMPTY, batch.n)
+            return Accepted(table.item(batch.state), batch.levels, EMPTY, batch.state, batch.n, level)
         states = batch.states()
         at_level = np.asarray(batch.levels) == level
         outcome = np.where(at_level, ACCEPT_AT_LEVEL.take(states), ACCEPT_ABOVE.take(states))
@@ -1919,7 +1931,7 @@ class TdxModule:
             words = batch.words[good]
             self._write(td, level, where(batch.index, good), words + _ACCEPT_DELTAS.take(words & _STATE))
             self._zero(td, level, contiguous(pfns[good], 1 << 9 * level))
-        return Accepted(_common(outcome), batch.levels, contiguous(pfns, 1 << 9 * level), batch.n)
+        return Accepted(_common(outcome), batch.levels, contiguous(pfns, 1 << 9 * level), states, batch.n, level)
 
     def _zero(self, td: Td, level: int, pfns: Sel) -> None:
         """Write zeros through the TD's key."""

@@ -58,9 +58,11 @@ def test_life_of_a_page(ops: Any) -> None:
     assert ops["guest_write"](TDR, 6, "x")["status"] == "UNACCEPTED"
     assert ops["tdg_mem_page_accept"](TDR, 0, 6)["outcome"] == "ACCEPTED"
     again = ops["tdg_mem_page_accept"](TDR, 0, 6)
-    assert (again["status"], again["code"]) == ("TDX_PAGE_ALREADY_ACCEPTED", "0x00000b0a00000000")
+    assert (again["status"], again["code"], again["level"]) == ("TDX_PAGE_ALREADY_ACCEPTED", "0x00000b0a00000000", 0)
+    smaller = ops["tdg_mem_page_accept"](TDR, 1, 0)
+    assert (smaller["status"], smaller["level"], "operand" in smaller) == ("TDX_PAGE_SIZE_MISMATCH", 1, False)
     assert ops["tdg_mem_page_accept"](TDR, 0, 7) == {
-        "status": "TD_EXIT", "code": None, "outcome": "EPT_VIOLATION",
+        "status": "TD_EXIT", "code": None, "qualification": "0x0", "outcome": "EPT_VIOLATION",
         "state": [{"gfn": 7, "level": 0, "state": "FREE"}],
     }  # fmt: skip
     assert ops["guest_write"](TDR, 6, "secret")["text"] == "secret"

@@ -115,6 +115,23 @@ def test_statuses_of_accept(world: Any) -> None:
     assert [mixed.status(i) for i in range(3)] == [0, 0x0000_0B0A << 32 | 1, None]
 
 
+def test_what_the_host_learns_of_an_accept(world: Any) -> None:
+    """Extended exit qualification: level asked for [2:0], level found [5:3], state found [13:6], leaf [14]."""
+    world.run()
+    world.tables(1024, 2)
+    world.aug(run(1024, 1), run(1024, 1), level=1)
+    accept = world.module.tdg_mem_page_accept
+
+    assert accept(world.tdr, 0, run(1030, 1)).violation() == 0 | 1 << 3 | 2 << 6 | 1 << 14  # PENDING, 2M
+    assert accept(world.tdr, 1, run(1536, 1)).violation() == 1 | 1 << 3 | 0 << 6  # FREE
+    assert accept(world.tdr, 0, run(5, 1)).violation() == 0
+    world.block(run(0, 1), level=1)
+    assert accept(world.tdr, 0, run(5, 1)).violation() == 0 | 1 << 3 | 129 << 6  # NL_BLOCKED
+    both = accept(world.tdr, 0, np.array([5, 1030]))
+    assert [both.violation(i) for i in range(2)] == [1 << 3 | 129 << 6, None]
+    assert accept(world.tdr, 1, run(1024, 1)).violation() is None
+
+
 def test_a_mixed_batch(world: Any) -> None:
     """Each page of an access stands for itself, an accept ends at the first that is not accepted; frames are given for
     those that are OK."""
