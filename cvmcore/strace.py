@@ -1,6 +1,6 @@
 """Import of `strace` output: the calls that a VMM made of KVM, as a UAPI script with what each answered.
 
-    strace -f -e trace=openat,open,ioctl,fallocate,mmap,munmap,madvise,dup,close,ftruncate -o OUT VMM ...
+    strace -f -e trace=openat,open,ioctl,fallocate,mmap,munmap,madvise,dup,fcntl,close,ftruncate -o OUT VMM ...
 
 VMs, vCPUs, guest_memfds and the memory behind memslots get names; memory of the VMM is mapped where a memslot first
 uses it. What the guest did nobody sees, so KVM_RUN is left out. An argument that strace did not decode (it shows a
@@ -122,7 +122,9 @@ class Importer:
                 yield from self._mmap(_number(size), flags, self._file(fd), fd, _number(offset), result, status)
             case "munmap" | "madvise", [addr, size, *rest]:
                 yield from self._forget(call, _number(addr), _number(size), rest, status)
-            case "dup", [fd] if (name := self._name(fd)) and name != "kvm" and not error:
+            case ("dup", [fd]) | ("fcntl", [fd, "F_DUPFD" | "F_DUPFD_CLOEXEC", _]) if (
+                name := self._name(fd)
+            ) and name != "kvm" and not error:
                 self.fds[result] = self._new(name.rstrip("0123456789") or "d")
                 yield _line("dup", status, fd=name, name=self.fds[result])
             case "close", [fd] if (name := self._name(fd)) and not error:

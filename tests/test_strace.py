@@ -100,6 +100,14 @@ def test_what_an_old_strace_did_not_decode_is_left_out() -> None:
     assert importer.skipped == {"KVM_CREATE_GUEST_MEMFD": 1, "KVM_SET_USER_MEMORY_REGION2": 1}
 
 
+def test_copies_of_a_descriptor() -> None:
+    """dup, and what libraries use in its place: the file lives until the last one is closed."""
+    found, _ = imported(DECODED.replace("dup(5) = 9", "fcntl(5, F_DUPFD_CLOEXEC, 3) = 9\nfcntl(9, F_GETFD) = 1"))
+
+    assert [(line["op"], line["fd"]) for line in found[-3:]] == [("dup", "f1"), ("close", "f1"), ("close", "f2")]
+    assert found[-3]["name"] == "f2"
+
+
 def test_what_strace_cut_short_is_left_out() -> None:
     """A field that is not shown is not 0."""
     short = [
