@@ -363,7 +363,7 @@ class Driver:
         if fd is None:
             flags |= MAP_ANONYMOUS
         if MOST_BYTES < size <= TASK_SIZE:
-            raise Refused("mappings of more than 1 GiB")
+            raise Refused("mappings of more than 1 GiB are not tried")
         at = mapped(size, -1 if fd is None else self._fd(fd), offset, flags, self.next)
         self.next += 2 * GIB
         return {"addr": at}
