@@ -667,12 +667,14 @@ class VmFd:
     def launch_update(self, gpa: int, contents: list[bytes], kind: str = "normal") -> Steps[int]:
         """Load image pages through the vendor (kvm_gmem_populate, or the hva of a legacy VM). Returns pages loaded.
 
-        EINVAL where a page is not private, has no memslot or no guest_memfd. A failing page ends the call: fewer pages
-        are returned, or its error where it is the first.
+        EINVAL where gpa is no page's, or a page is not private, has no memslot or no guest_memfd. A failing page ends
+        the call: fewer pages are returned, or its error where it is the first.
         """
         call = "launch_update"
         self._alive(call)
         vm = self.vm
+        if gpa % PAGE_BYTES:
+            raise UapiError(errno.EINVAL, call, f"gpa {gpa:#x} is not that of a page")
         gfns = slice(gpa >> 12, (gpa >> 12) + len(contents), 1)
         yield vm.slots_lock.write
         slot = vm.slots.find(gfns.start)

@@ -565,6 +565,7 @@ def test_run_on_a_dead_vm() -> None:
      after(slot(), attributes(1 << 30, M2, PRIVATE), lambda box: box.fd.launch_update(1 << 30, [b"x"]))),
     ("no slot", errno.EINVAL, lambda box: box.fd.launch_update(1 << 40, [b"x"])),
     ("no pages", errno.EINVAL, lambda box: box.fd.launch_update(0, [])),
+    ("not a page", errno.EINVAL, lambda box: box.fd.launch_update(1, [b"x"])),
     ("dead VM", errno.EIO, bugged(lambda box: box.fd.launch_update(0, [b"x"]))),
     ("ok", 0, lambda box: box.fd.launch_update(0, [b"x"])),
 )  # fmt: skip
