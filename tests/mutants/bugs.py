@@ -149,7 +149,7 @@ BUGS: tuple[Bug, ...] = (
         "the exit is not told to the module"),
     Bug("tdx tables handed back unreclaimed", "tdx", TDX, "        back = yield from self._reclaim(vm.host, tables)\n", "        back = tables\n        yield from ()\n",
         "free_private_spt trusts KVM's own record"),
-    Bug("tdx accept says done", "tdx", TDX, "        return Access(_ACCEPT_WALK.take(accepted.outcome), accepted.pfns)",
+    Bug("tdx accept says done", "tdx", TDX, "        return Access(status if np.ndim(status) else int(status), EMPTY if done else accepted.pfns)",
         "        return Access(WALK_OK, accepted.pfns)", "RAX of a batch is not looked at"),
     Bug("tdx large pages split without block", "tdx", TDX, "        if not failed:\n            yield from self._track(vm, 1)\n            failed = ",
         "        if not failed:\n            failed = ", "DEMOTE without TRACK"),

@@ -624,7 +624,7 @@ class Tdx:
             yield state.inside.write
             vm.kick_all_vcpus()
             yield state.inside.release
-            self._charge_kicks(vm, result.done)
+            self._charge_kicks(vm, max(1, result.done))
             if result.status and not result.done and code(result.status) != Status.TDX_OPERAND_BUSY:
                 vm.bug(f"TDH.MEM.TRACK: {describe(result.status)}")
                 return

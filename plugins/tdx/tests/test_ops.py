@@ -385,7 +385,7 @@ def test_a_removal_that_is_refused(new_vm: Any) -> None:
 
 
 def test_track_that_is_busy_is_made_again(new_vm: Any, busy: Any) -> None:
-    """The epoch's lock is held for a moment: no harm."""
+    """The epoch's lock is held for a moment: nobody may enter, all are kicked, and it is tried again (tdx_track)."""
     vm = new_vm()
     vm.fault(run(0, 2), run(1, 2))
 
@@ -394,6 +394,7 @@ def test_track_that_is_busy_is_made_again(new_vm: Any, busy: Any) -> None:
     assert not vm.dead
     assert td_of(vm).state_counts(0) == {}
     assert td_of(vm).epoch == 3
+    assert (vm.host.meter.ops["TDH.MEM.TRACK"], vm.host.meter.counts["kick_base"]) == (3, 3)
 
 
 def test_early_key_release(new_vm: Any) -> None:
