@@ -150,7 +150,9 @@ class ModelFront:
     def _vm_at(self, fd: int, call: str) -> VmFd:
         what = self._at(fd, call)
         if not isinstance(what, VmFd):
-            raise UapiError(errno.ENOTTY, call, f"descriptor {fd} is not a VM's")
+            # kvm_arch_vcpu_ioctl has another word for what it does not know than all else has.
+            error = errno.EINVAL if isinstance(what, VcpuFd) else errno.ENOTTY
+            raise UapiError(error, call, f"descriptor {fd} is not a VM's")
         return what
 
     def _vcpu_at(self, fd: int, call: str) -> VcpuFd:

@@ -56,6 +56,8 @@ MAX_GFN = 1 << 36
 USER_PTR_MAX = TASK_SIZE - PAGE_BYTES
 """Where what a user may name ends: the last page below TASK_SIZE is a guard (x86: TASK_SIZE_MAX)."""
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
+VFS_FALLOCATE_MODES = (0, 1, 3, 8, 0x10, 0x11, 0x20, 0x40, 0x41, 0x80)
+"""What vfs_fallocate lets through to the file, if the range is one that a file can have."""
 KVM_CAP_NR_MEMSLOTS, KVM_CAP_READONLY_MEM, KVM_CAP_USER_MEMORY2, KVM_CAP_MEMORY_FAULT_INFO = 10, 81, 231, 232
 KVM_CAP_MEMORY_ATTRIBUTES, KVM_CAP_GUEST_MEMFD, KVM_CAP_PRE_FAULT_MEMORY, KVM_CAP_GUEST_MEMFD_FLAGS = 233, 234, 236, 244
 PAGE_MASK = PAGE_BYTES - 1
@@ -302,7 +304,7 @@ class Process:
         inode = self._file(fd, "fallocate").inode
         if offset < 0 or size_bytes <= 0:
             raise UapiError(errno.EINVAL, "fallocate", "offset and length must be positive")
-        if offset + size_bytes >= 1 << 63:
+        if offset + size_bytes >= 1 << 63 and mode in VFS_FALLOCATE_MODES:
             raise UapiError(errno.EFBIG, "fallocate", "beyond what a file can have")
         if not mode & FALLOC_FL_KEEP_SIZE or mode & ~(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE):
             raise UapiError(errno.EOPNOTSUPP, "fallocate", "only KEEP_SIZE, with or without PUNCH_HOLE")

@@ -180,6 +180,27 @@ def test_capabilities_of_memory() -> None:
         played([SHARED_SLOT[0], {"op": "check_extension", "cap": 1}])
 
 
+def test_calls_on_another_kind_of_descriptor() -> None:
+    """A vCPU's says EINVAL for the VM's calls, the VM's and a file's ENOTTY."""
+    found = only(
+        {"op": "get_dirty_log", "slot": 0, "vm": "vcpu"},
+        {"op": "get_dirty_log", "slot": 0, "vm": "f"},
+        {"op": "guest_read", "vcpu": "vm"},
+        {"op": "guest_read", "vcpu": "f"},
+        after=SHARED_SLOT,
+    )
+
+    assert [answer["status"] for answer in found] == ["EINVAL", "ENOTTY", "ENOTTY", "ENOTTY"]
+
+
+def test_what_the_vfs_says_of_fallocate_first() -> None:
+    """A mode that no file has, then the range, then what a guest_memfd has not."""
+    far = {"op": "fallocate", "fd": "f", "offset": (1 << 63) - 4096, "size": 4096}
+    found = only(*(far | {"mode": mode} for mode in (2, 4, 9, 0, 0x10, 1, 3)), after=SHARED_SLOT)
+
+    assert [answer["status"] for answer in found] == ["EOPNOTSUPP"] * 3 + ["EFBIG"] * 4
+
+
 @pytest.mark.parametrize(("kernel", "error"), [("6.18", "EINVAL"), ("7.x", "EEXIST")])
 def test_kernels_differ(kernel: str, error: str) -> None:
     second = {**SHARED_SLOT[3], "slot": 1, "gpa": "1M"}

@@ -65,7 +65,7 @@ bytes_of_pages = st.sampled_from(bytes_of(PAGE_COUNTS))
 sizes = mostly(bytes_of(PAGE_COUNTS), [0, 1, 100, -1, -4096, PAGE + 1, 1 << 62])
 lengths = mostly(bytes_of(PAGE_COUNTS), [0, 1, 100, -1, -4096, PAGE + 1, 2000 * PAGE])
 file_sizes = mostly(bytes_of([1, 4, 16, 64, 64, 64]), [0, 1, -4096, 1 << 63])
-offsets = mostly(bytes_of(INDEXES), [1, -1, -4096, 100, 1 << 40])
+offsets = mostly(bytes_of(INDEXES), [1, -1, -4096, 100, 1 << 40, (1 << 63) - 4096])
 file_flags = st.sampled_from([3, 3, 3, 3, 3, 0, 1, 2, 4, 7])
 fds = mostly(FILES, [-1, 999], 24)
 region_fds = mostly(FILES, [-1, 999, "vm", "vcpu"], 24)
@@ -199,6 +199,8 @@ units: SearchStrategy[Unit] = st.one_of(
     line("host_write", addr=page_places, pages=page_counts, stamp=stamps),
     line("host_read", addr=page_places, pages=page_counts),
     line("get_dirty_log", slot=slots),
+    line("get_dirty_log", slot=slots, vm=st.sampled_from(["vm", "vcpu", "f0"])),
+    line("guest_read", vcpu=st.sampled_from(["vm", "f0"])),
     line("set_memory_attributes", gpa=odd_gpas, size=sizes, attributes=st.sampled_from([0, 8, 4])),
     line("pre_fault_memory", gpa=odd_gpas, size=sizes),
     line("create_vcpu", name=st.sampled_from(VCPUS), id=st.sampled_from([0, 1, 4095, 4096, -1])),
