@@ -37,19 +37,22 @@ def _rmp() -> Iterator[Cell]:
     for table in (f"{name}_CHECKS" for name in ("RMPUPDATE", "PSMASH", "PVALIDATE", "ACCESS", "RMPADJUST", "VMRUN")):
         for i, (fact, _) in enumerate(getattr(hw, table)):
             name = f"rmp {table.removesuffix('_CHECKS').lower()}: lets pass '{fact}'"
-            yield Cell(name[:51], "snp", "cvmcore_sev.hw", table, (i,), "pass", RMP_TESTS, True)
+            yield Cell(name, "snp", "cvmcore_sev.hw", table, (i,), "pass", RMP_TESTS, True)
 
 
 def _sept() -> Iterator[Cell]:
     """Each allowed state of each leaf refused."""
     hw = importlib.import_module("cvmcore_tdx.hw")
-    usual = ("PAGE_ADD", "SEPT_ADD", "PAGE_AUG", "RANGE_BLOCK", "PAGE_REMOVE")
+    usual = {
+        "PAGE_ADD": ("FREE",), "SEPT_ADD": ("FREE",), "PAGE_AUG": ("FREE",), "RANGE_BLOCK": ("MAPPED", "PENDING"),
+        "PAGE_REMOVE": ("BLOCKED", "PENDING_BLOCKED"),
+    }  # fmt: skip
     for table in ("PAGE_ADD", "SEPT_ADD", "PAGE_AUG", "RANGE_BLOCK", "RANGE_UNBLOCK", "PAGE_RELOCATE", "PAGE_DEMOTE",
                   "PAGE_PROMOTE", "PAGE_REMOVE", "SEPT_REMOVE"):  # fmt: skip
         for state in getattr(hw, table).next:
-            common = table in usual and state.name in ("FREE", "MAPPED", "PENDING", "BLOCKED", "PENDING_BLOCKED")
+            common = state.name in usual.get(table, ())
             name = f"sept {table.lower()}: not from {state.name}"
-            yield Cell(name[:51], "tdx", "cvmcore_tdx.hw", table, (state.name,), "refuse", SEPT_TESTS, not common)
+            yield Cell(name, "tdx", "cvmcore_tdx.hw", table, (state.name,), "refuse", SEPT_TESTS, not common)
 
 
 def _el2() -> Iterator[Cell]:
@@ -60,7 +63,7 @@ def _el2() -> Iterator[Cell]:
             if hw.TRANSITIONS[table].after[side] is not None:
                 who = ("host", "hyp", "guest")[side]
                 name = f"el2 {table}: wrong {who} state after"
-                yield Cell(name[:51], "pkvm", "cvmcore_pkvm.hw", "TRANSITIONS", (table, side), "after", EL2_TESTS, True)
+                yield Cell(name, "pkvm", "cvmcore_pkvm.hw", "TRANSITIONS", (table, side), "after", EL2_TESTS, True)
 
 
 def load() -> tuple[Cell, ...]:
