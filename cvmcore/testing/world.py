@@ -51,11 +51,12 @@ class World:
 
     def __init__(
         self, backend: Backend, *, backing: str = "4k", pages: int = PAGES, options: dict[str, str] | None = None,
-        warm: bool = True, launch: bool = True,
+        warm: bool = True, launch: bool = True, policies: dict[str, str] | None = None,
     ) -> None:  # fmt: skip
         self.host = Host(
-            backend, _profile(backend), nr_frames=1 << (10 if backing == "4k" else 12), backing=backing, options=options
-        )
+            backend, _profile(backend), nr_frames=1 << (10 if backing == "4k" else 12), backing=backing,
+            options=options, policies=policies,
+        )  # fmt: skip
         self.checker = Checker.on(self.host, concurrent=True)
         self.checker.resting = True
         self.machine = Machine(self.host, pages * PAGE_BYTES, vcpus=2)

@@ -11,7 +11,7 @@ from cvmcore.effects import Steps
 from cvmcore.pages import run
 from cvmcore.sched import Case
 from cvmcore.testing.scenarios import Scenario, patched
-from cvmcore.testing.world import World
+from cvmcore.testing.world import STAMP, World
 from cvmcore.types import PG_LEVEL_2M, Shutdown
 from cvmcore.vcpu import Accept, Touch
 from cvmcore_tdx.ops import Tdx
@@ -52,6 +52,27 @@ def touch_and_remove(backend: Backend) -> Case:
     return world.case({"vcpu0": world.touch(0), "vmm": world.attributes(False)}, check)
 
 
+def touch_below_blocked(backend: Backend) -> Case:
+    """The recovery thread of merge=block has blocked a full table: one vCPU writes below it, another one reads."""
+    world = World(
+        backend, backing="2m", pages=1024, options={"page_aug": "2m"}, warm=False, policies={"merge": "block"}
+    )
+    small, mine, others = run(512, 512), run(600, 1), run(700, 1)
+    world.machine.vcpus[0].run(Accept(small))
+    world.machine.vcpus[0].run(Touch(small, write=True, stamps=9))
+    assert world.vm.recover_huge_pages(1) == 1
+
+    def check(results: list[Any]) -> None:
+        assert results == [None, None], results
+        assert world.vm.tdp.root_for(True).level_at(600) == PG_LEVEL_2M
+        for page, stamp in ((mine, STAMP), (others, 9)):
+            action = Touch(page)
+            assert world.machine.vcpus[1].run(action) is None
+            assert action.seen is not None and int(action.seen[0]) == stamp
+
+    return world.case({"vcpu0": world.touch(0, mine, write=True), "vcpu1": world.touch(1, others)}, check)
+
+
 @contextmanager
 def no_tracking() -> Iterator[None]:
     """BLOCK, REMOVE: no TRACK, nobody is kicked."""
@@ -72,5 +93,10 @@ SCENARIOS = (
     Scenario(
         "tdx-touch-remove", "a vCPU is inside while a page is removed", "BLOCK, TRACK, kick, then REMOVE",
         touch_and_remove, no_tracking, bound=1, alone=("tdx",),
+    ),
+    Scenario(
+        "tdx-touch-blocked", "two vCPUs use pages below a table that is blocked to be merged",
+        "the first fault merges under mmu_lock, the second finds the large page", touch_below_blocked,
+        bound=1, alone=("tdx",),
     ),
 )  # fmt: skip
