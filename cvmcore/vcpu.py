@@ -374,6 +374,7 @@ class Vcpu:
             if not self._stays_in_kvm(first(page), private):
                 break
             tries.again(first(page), private)
+            vm.host.meter.charge("fault_fixed")
             fault = yield from resolve(vm, self, page, write, private, max_level=max_level)
             self.faults += fault.faults
             done += fault.done
