@@ -373,6 +373,7 @@ class Vcpu:
             page = part(gfns, done, done + 1)
             if not self._stays_in_kvm(first(page), private):
                 break
+            vm.host.meter.charge("fault_fixed")  # of the try that was overtaken: else no time passes for the other
             tries.again(first(page), private)
             vm.host.meter.charge("fault_fixed")
             fault = yield from resolve(vm, self, page, write, private, max_level=max_level)

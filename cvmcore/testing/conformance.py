@@ -532,8 +532,9 @@ def content_convert_fresh(bench: Bench) -> None:
 
 @check("content.prefault", Needs("prefault", lambda caps: caps.prefault))
 def content_prefault(bench: Bench) -> None:
-    """KVM_PRE_FAULT_MEMORY maps memory that the guest then finds; again it does nothing. Before the launch ends it may
-    be refused."""
+    """KVM_PRE_FAULT_MEMORY maps memory that the guest then finds; again it does nothing.
+
+    Before the launch ends it may be refused."""
     host = bench.host()
     player = Player(host, launch=False)
     try:
@@ -882,8 +883,9 @@ def large_accept(bench: Bench) -> None:
 
 @check("accept.first", Needs("needs_accept", lambda caps: caps.needs_accept))
 def accept_first(bench: Bench) -> None:
-    """A page that the guest has not accepted it cannot use: it gets an exception, or dies of it. So after a hole, or
-    when the page was shared meanwhile: it is a new one."""
+    """A page that the guest has not accepted it cannot use: it gets an exception, or dies of it.
+
+    So after a hole, or when the page was shared meanwhile: it is a new one."""
     for since in ("", "punched", "converted"):
         host = bench.host()
         player = Player(host)
