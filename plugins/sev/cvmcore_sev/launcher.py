@@ -10,8 +10,8 @@ from cvmcore.backend import Option
 from cvmcore.errors import InputError
 from cvmcore.measured import AddVcpu, Call, Command, Hva, Launcher, Load, Write, cover
 from cvmcore.types import PAGE_BYTES
+from cvmcore_sev.commands import ES_POLICY, SNP_POLICY, watch_launch
 from cvmcore_sev.launch import CPUS, SECTIONS, Firmware, hash_table, parse_firmware, sev_steps, snp_steps, vmsa_pages
-from cvmcore_sev.ops import ES_POLICY, SNP_POLICY, watch_launch
 
 _SNP_ACTIVE: Final = 1
 MAX_VCPUS: Final = 4096

@@ -25,8 +25,9 @@ from cvmcore.types import (
 )
 from cvmcore_sev import launch
 from cvmcore_sev.errors import PageState, RmpStatus, SevStatus
+from cvmcore_sev.host import SevVm, rmp_make_shared
 from cvmcore_sev.hw import VMSA_GFN
-from cvmcore_sev.ops import SEV, SEV_ES, SNP, SevVm
+from cvmcore_sev.ops import SEV, SEV_ES, SNP
 
 K, M = PG_LEVEL_4K, PG_LEVEL_2M
 S = PageState
@@ -601,7 +602,7 @@ def test_fail_overlap_is_reported_where_the_kernel_would_spin(rig):
     vm = rig.vm("snp")
     prepare(rig, vm, run(0, 512), run(512, 512), 9)
     with pytest.raises(InvariantViolation, match="spins for ever"):
-        rig.vendor._make_shared(rig.host, run(520, 1))
+        rmp_make_shared(rig.host, run(520, 1))
 
 
 # ---- what guests do ------------------------------------------------------------------------------------------------
