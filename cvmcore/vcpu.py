@@ -375,7 +375,6 @@ class Vcpu:
                 break
             vm.host.meter.charge("fault_fixed")  # of the try that was overtaken: else no time passes for the other
             tries.again(first(page), private)
-            vm.host.meter.charge("fault_fixed")
             fault = yield from resolve(vm, self, page, write, private, max_level=max_level)
             self.faults += fault.faults
             done += fault.done
