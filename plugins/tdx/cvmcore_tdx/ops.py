@@ -398,22 +398,28 @@ class Tdx:
     @hookimpl
     def memory_encrypt_op(self, vm: VmView, command: str, arguments: dict[str, Any]) -> Steps[dict[str, Any]]:
         """KVM_TDX_* (kernel: tdx_vm_ioctl, tdx_vcpu_ioctl); INIT_MEM_REGION is the core's `launch_update`."""
-        commands: dict[str, Callable[[VmView, dict[str, Any]], Steps[dict[str, Any]]]] = {
-            "KVM_TDX_CAPABILITIES": self._capabilities,
-            "KVM_TDX_INIT_VM": self._init_vm,
-            "KVM_TDX_INIT_VCPU": self._init_vcpu,
-            "KVM_TDX_EXTEND_MEMORY": self._extend_memory,
-            "KVM_TDX_FINALIZE_VM": self._finalize_vm,
+        commands: dict[str, tuple[tuple[str, ...], Callable[[VmView, dict[str, Any]], Steps[dict[str, Any]]]]] = {
+            "KVM_TDX_CAPABILITIES": ((), self._capabilities),
+            "KVM_TDX_INIT_VM": (("attributes", "gpaw", "reserved"), self._init_vm),
+            "KVM_TDX_INIT_VCPU": (("vcpu",), self._init_vcpu),
+            "KVM_TDX_EXTEND_MEMORY": (("gpa", "nr_pages"), self._extend_memory),
+            "KVM_TDX_FINALIZE_VM": ((), self._finalize_vm),
         }
         if vm.options["terminate_vm"] == "on":
-            commands["KVM_TDX_TERMINATE_VM"] = self._terminate_vm
+            commands["KVM_TDX_TERMINATE_VM"] = ((), self._terminate_vm)
         if arguments.get("hw_error", 0):
             raise UapiError(errno.EINVAL, command, "hw_error is an output")
         if command not in commands:
             raise UapiError(errno.EINVAL, command, "KVM has no such command for a TD")
+        fields, implementation = commands[command]
+        for name, value in arguments.items():
+            if name not in (*fields, "flags", "hw_error"):
+                raise UapiError(errno.EFAULT, command, f"its structure has {name}, which is no field of it")
+            if not isinstance(value, int) or not 0 <= value < 1 << 64:
+                raise UapiError(errno.EFAULT, command, f"its {name} cannot be {str(value)[:40]}")
         if arguments.get("flags", 0):
             raise UapiError(errno.EINVAL, command, f"flags {arguments['flags']:#x}")
-        return (yield from commands[command](vm, arguments))
+        return (yield from implementation(vm, arguments))
 
     def _capabilities(self, vm: VmView, arguments: dict[str, Any]) -> Steps[dict[str, Any]]:
         """What TDs can be given."""

@@ -682,7 +682,11 @@ VE = TD_ATTR_SEPT_VE_DISABLE
         ("KVM_TDX_TERMINATE_VM", {}, errno.EINVAL),  # not offered
         ("KVM_TDX_CAPABILITIES", {"hw_error": 1}, errno.EINVAL),
         ("KVM_TDX_CAPABILITIES", {"flags": 1}, errno.EINVAL),
+        ("KVM_TDX_CAPABILITIES", {"cpuid": 0}, errno.EFAULT),
         ("KVM_TDX_CAPABILITIES", {}, 0),
+        ("KVM_TDX_INIT_VM", {"attributes": b"\0"}, errno.EFAULT),
+        ("KVM_TDX_INIT_VM", {"attributes": -1}, errno.EFAULT),
+        ("KVM_TDX_INIT_VM", {"gpaw": 1 << 64}, errno.EFAULT),
         ("KVM_TDX_INIT_VM", {"flags": 1}, errno.EINVAL),
         ("KVM_TDX_INIT_VM", {"reserved": 1}, errno.EINVAL),
         ("KVM_TDX_INIT_VM", {"attributes": VE | 1}, errno.EINVAL),
@@ -693,7 +697,7 @@ VE = TD_ATTR_SEPT_VE_DISABLE
         ("KVM_TDX_FINALIZE_VM", {}, errno.EINVAL),  # not initialised
     ],
 )
-def test_vendor_calls_on_a_new_vm(new_vm: Any, command: str, arguments: dict[str, int], expected: int) -> None:
+def test_vendor_calls_on_a_new_vm(new_vm: Any, command: str, arguments: dict[str, Any], expected: int) -> None:
     """errno of the KVM_TDX_* commands before anything else was called."""
     vm = new_vm(vcpus=0, launched=False)
 
