@@ -2,9 +2,9 @@
 
 Each bug runs in a process of its own, in which the module is loaded with one place changed, and stops at the first
 check that fails: the one that caught it before (caught.json, written with --record) first, then quick checks in all
-settings, then those that fail on purpose, then random calls. Cells of the
-vendors' tables (states, checks, transitions) are changed mechanically besides; a cell that the kit cannot reach through
-KVM is the business of the vendor's own tests of its hardware, which are run then.
+settings, then those that fail on purpose, then random calls. Cells of the vendors' tables (states, checks, transitions)
+are changed mechanically besides; a cell that the kit cannot reach through KVM is the business of the vendor's own tests
+of its hardware, which are run then.
 """
 
 from __future__ import annotations
