@@ -358,25 +358,29 @@ class Case:
     """A small situation to explore: a host, the actors on it, and what must hold.
 
     check: called when all actors have ended, with their results (an error is an actor's result, too). step: called
-    after each step that was not taken in an earlier schedule, while others may be half way. state: a fingerprint of
-    all that actors can see of each other, locks apart; with it, orders that differ only in steps that change nothing
-    are explored once.
+    after steps, while others may be half way. state: two fingerprints, of all that actors can see of each other, locks
+    apart, and of that and of the objects that it is given, the actors, too; with it, no situation is explored twice.
+    again: puts it back to its start and gives the actors anew, where that is less work than to make another case.
     """
 
     host: Host
     actors: list[tuple[str, Steps[Any]]]
     check: Callable[[list[Any]], None] = lambda results: None
     step: Callable[[], None] = lambda: None
-    state: Callable[[], object] | None = None
+    state: Callable[[Sequence[object]], tuple[object, object]] | None = None
+    again: Callable[[], list[tuple[str, Steps[Any]]]] | None = None
 
 
 @attrs.frozen
 class Explored:
-    """How much was explored: schedules that came to their end, those given up as known already, steps of all."""
+    """How much was explored: schedules that came to their end, those given up as known already, steps of all;
+    situations (the state and where each actor stands) and ends that differ, where the case can tell."""
 
     schedules: int
     steps: int
     pruned: int = 0
+    situations: int = 0
+    ends: int = 0
 
 
 MAX_STEPS = 10_000
@@ -419,8 +423,9 @@ class _Found:
 class _Choice:
     """One place in a schedule: who could go, who goes, who went in earlier schedules and what that did.
 
-    asleep: actors whose next step was explored before, in an order that is the same but for steps that commute.
-    resting: actors that retry, with what they found and would find again: the state, and who had the locks they tried.
+    able: whom to try; asleep: actors whose next step was explored before, in an order that is the same but for steps
+    that commute. awake: who can go on and would not only find again what made it retry. resting: actors that retry,
+    with what they found and would find again: the state, and who had the locks they tried.
     """
 
     able: list[int]
@@ -429,6 +434,9 @@ class _Choice:
     running: int | None
     """Who could simply go on; everybody else would interrupt it."""
     interruptions: int
+    awake: list[int]
+    state: object = None
+    situation: object = None
     taken: int = 0
     tried: dict[int, _Footprint] = attrs.field(factory=dict)
 
@@ -448,86 +456,144 @@ def explore(make: Callable[[], Case], *, limit: int | None = None, interruptions
     Actors may be interrupted before they take a lock and at every named point. Before dropping a lock they are not:
     a release can always be moved ahead of what others do meanwhile, so it makes no order of its own.
     An actor that yields the point `fault.retry` waits until another one has moved. Where the case tells its `state`, it
-    waits until another one has changed something, and of all orders that differ only in steps which commute one is
-    run (sleep sets, Godefroid 1996).
-    Raises whatever a check raises, with the schedule that led there in a note; InvariantViolation for a deadlock.
+    waits until another one has changed something; a situation that was met before is not gone on with, nor looked at
+    again; and of orders that differ only in steps which commute one is run (sleep sets with states kept, Godefroid
+    1996).
+    Raises whatever a check raises, with the schedule that led there in a note; InvariantViolation for a deadlock, and
+    where actors go round in a circle that nobody can leave.
     limit: stop after so many schedules. interruptions: only orders in which no more actors than that are interrupted
     when they could go on; for cases with too many steps to try all orders.
     """
-    path: list[_Choice] = []
-    schedules = steps = pruned = 0
-    while True:
-        ended, n = _run_once(make(), path, interruptions)
-        schedules += ended
-        pruned += not ended
-        steps += n
-        # The last choice that has an alternative left; everything after it starts over.
-        while path and path[-1].next_untried() is None:
-            path.pop()
-        if not path or (limit is not None and schedules >= limit):
-            return Explored(schedules, steps, pruned)
-        path[-1].taken = path[-1].next_untried() or 0
+    return _Search(make, interruptions).run(limit)
 
 
-def _run_once(case: Case, path: list[_Choice], most: int | None) -> tuple[bool, int]:
-    """One schedule: the choices of `path`, then always the first, with at most so many interruptions; what is chosen is
-    appended. Returns whether it came to its end (else all that could go on was asleep), and the steps made."""
-    actors = [Actor(name, steps) for name, steps in case.actors]
-    locks = _Locks(case.host)
-    known = len(path) - 1
-    trail: list[str] = []
-    n = 0
-    try:
-        for actor in actors:
-            # What an actor does before its first effect is its own business.
-            locks.advance(actor)
-        resting: dict[int, _Found] = path[-1].resting if path else {}
-        tries: list[set[tuple[str, bool]]] = [set() for _ in actors]
-        state: object = None
-        while any(not actor.done for actor in actors):
-            able = [i for i, a in enumerate(actors) if not a.done and not locks.blocked(a)]
-            if not able:
-                raise InvariantViolation(
-                    "deadlock: " + ", ".join(f"{a.name} wants {a.pending}" for a in actors if not a.done), number=31
-                )
-            if n >= known and state is None:
-                state = _state(case)
-            if n == len(path):
-                resting = {i: was for i, was in resting.items() if was == _Found.now(state, was.tried, actors)}
-                awake = [i for i in able if i not in resting] or able
-                choice = _next_choice(path, awake, resting, most)
-                first = choice.next_untried()
-                if first is None:
-                    return False, n
-                choice.taken = first
-                path.append(choice)
-            choice = path[n]
-            if choice.taken not in able:
-                raise InvariantViolation("a case must do the same each time that it is made")
-            actor = actors[choice.taken]
-            touched = _step(locks, actor, tries[choice.taken])
-            n += 1
-            if n > MAX_STEPS:
-                raise InvariantViolation(f"no end after {MAX_STEPS} steps: a livelock")
-            trail.append(f"{actor.name}: {actor.pending if actor.pending else 'end'}")
-            retries = actor.pending is not None and actor.pending.name == "fault.retry"
-            if n > known:
-                case.step()
-                before, state = state, _state(case)
+class _Search:
+    """A depth-first search: the path of choices that is tried, and what is known from the paths before it."""
+
+    def __init__(self, make: Callable[[], Case], interruptions: int | None) -> None:
+        self.make = make
+        self.most = interruptions
+        self.case: Case | None = None
+        self.path: list[_Choice] = []
+        self.met: dict[object, frozenset[int]] = {}
+        """Situations that were met, and who was asleep whenever one was."""
+        self.looked_at: set[object] = set()
+        self.ends: set[object] = set()
+
+    def run(self, limit: int | None) -> Explored:
+        path = self.path
+        schedules = steps = pruned = 0
+        while True:
+            ended, n = self._run_once()
+            schedules += ended
+            pruned += not ended
+            steps += n
+            # The last choice that has an alternative left; everything after it starts over.
+            while path and path[-1].next_untried() is None:
+                path.pop()
+            if not path or (limit is not None and schedules >= limit):
+                return Explored(schedules, steps, pruned, len(self.met), len(self.ends))
+            path[-1].taken = path[-1].next_untried() or 0
+
+    def _start(self) -> Case:
+        """The case from its start."""
+        self.case = _anew(self.case, self.make)
+        return self.case
+
+    def _run_once(self) -> tuple[bool, int]:
+        """One schedule: the choices of the path, then always the first, with at most so many interruptions; what is
+        chosen is appended. Returns whether it came to its end (else all that could go on was known), and the steps."""
+        case, path = self._start(), self.path
+        actors = [Actor(name, steps) for name, steps in case.actors]
+        locks = _Locks(case.host)
+        known = len(path) - 1
+        trail: list[str] = []
+        n = 0
+        try:
+            for actor in actors:
+                # What an actor does before its first effect is its own business.
+                locks.advance(actor)
+            resting: dict[int, _Found] = path[-1].resting if path else {}
+            tries: list[set[tuple[str, bool]]] = [set() for _ in actors]
+            state, situation = (None, None) if path else _state(case, actors)
+            while any(not actor.done for actor in actors):
+                able = [i for i, a in enumerate(actors) if not a.done and not locks.blocked(a)]
+                if not able:
+                    raise InvariantViolation(
+                        "deadlock: " + ", ".join(f"{a.name} wants {a.pending}" for a in actors if not a.done),
+                        number=31,
+                    )
+                if n == len(path):
+                    resting = {i: was for i, was in resting.items() if was == _Found.now(state, was.tried, actors)}
+                    awake = [i for i in able if i not in resting] or able
+                    choice = _next_choice(path, awake, resting, self.most)
+                    choice.state, choice.situation = state, situation
+                    first = self._news(choice)
+                    if first is None:
+                        return False, n
+                    choice.taken = first
+                    path.append(choice)
+                choice = path[n]
+                if choice.taken not in able:
+                    raise InvariantViolation("a case must do the same each time that it is made")
+                actor = actors[choice.taken]
+                touched = _step(locks, actor, tries[choice.taken])
+                n += 1
+                if n > MAX_STEPS:
+                    raise InvariantViolation(f"no end after {MAX_STEPS} steps: a livelock")
+                trail.append(f"{actor.name}: {actor.pending if actor.pending else 'end'}")
+                retries = actor.pending is not None and actor.pending.name == "fault.retry"
+                if n > known:
+                    state, situation = _state(case, actors)
+                    if case.state is None or state not in self.looked_at:
+                        case.step()
+                        self.looked_at.add(state)
+                    if retries:
+                        # Whether it will rest depends on every lock that it tried since it began.
+                        touched |= tries[choice.taken]
+                        tried = frozenset(name for name, _ in tries[choice.taken])
+                        resting = {**resting, choice.taken: _Found.now(state, tried, actors)}
+                    choice.tried[choice.taken] = _Footprint(choice.state != state, touched)
                 if retries:
-                    # Whether it will rest depends on every lock that it tried since it began.
-                    touched |= tries[choice.taken]
-                    tried = frozenset(name for name, _ in tries[choice.taken])
-                    resting = {**resting, choice.taken: _Found.now(state, tried, actors)}
-                choice.tried[choice.taken] = _Footprint(before != state, touched)
-            if retries:
-                tries[choice.taken].clear()
-        case.check([a.error if a.error is not None else a.result for a in actors])
-    except Exception as error:
-        error.add_note("schedule:\n  " + "\n  ".join(trail))
-        error.schedule = [choice.taken for choice in path[:n]]  # type: ignore[attr-defined]
-        raise
-    return True, n
+                    tries[choice.taken].clear()
+            if case.state is None or situation not in self.ends:
+                case.check([a.error if a.error is not None else a.result for a in actors])
+                self.ends.add(situation)
+        except Exception as error:
+            error.add_note("schedule:\n  " + "\n  ".join(trail))
+            error.schedule = [choice.taken for choice in path[:n]]  # type: ignore[attr-defined]
+            raise
+        finally:
+            for actor in actors:
+                actor.steps.close()
+        return True, n
+
+    def _news(self, choice: _Choice) -> int | None:
+        """Who goes first in a situation, and whom there is no need to try; None where it was met and all is known."""
+        if choice.situation is None:
+            return choice.next_untried()
+        key = (choice.situation, frozenset(choice.resting))
+        if self.most is not None:
+            key = (*key, choice.running, choice.interruptions)  # type: ignore[assignment]
+        self._go_round(choice)
+        asleep = frozenset(choice.asleep)
+        before = self.met.get(key)
+        if before is not None:
+            # Whoever was awake then was tried then; those that slept then, and do not now, have their turn.
+            choice.able = [i for i in choice.able if i in before]
+            asleep &= before
+        self.met[key] = asleep
+        return choice.next_untried()
+
+    def _go_round(self, choice: _Choice) -> None:
+        """InvariantViolation where the path came back to a situation, and everybody who could have led out of it has
+        gone along."""
+        for at, earlier in enumerate(self.path):
+            if earlier.situation == choice.situation:
+                circle = self.path[at:]
+                if {i for one in circle for i in one.awake} == {one.taken for one in circle}:
+                    raise InvariantViolation("a livelock: after some steps everything is as it was before")
+                return
 
 
 @attrs.frozen
@@ -575,6 +641,9 @@ def play(case: Case, choose: Callable[[int, list[int]], int]) -> Played:
         case.check([a.error if a.error is not None else a.result for a in actors])
     except Exception as caught:
         error = caught
+    finally:
+        for actor in actors:
+            actor.steps.close()
     return Played([actor.name for actor in actors], steps, error)
 
 
@@ -586,8 +655,10 @@ def replay(case: Case, schedule: Sequence[int]) -> Played:
 def at_random(make: Callable[[], Case], n: int, seed: int = 0) -> Played | None:
     """n schedules at random: the first that goes wrong, or None."""
     chance = random.Random(seed)
+    case: Case | None = None
     for _ in range(n):
-        played = play(make(), lambda step, able: chance.choice(able))
+        case = _anew(case, make)
+        played = play(case, lambda step, able: chance.choice(able))
         if played.error is not None:
             return played
     return None
@@ -596,8 +667,9 @@ def at_random(make: Callable[[], Case], n: int, seed: int = 0) -> Played | None:
 def _next_choice(path: list[_Choice], awake: list[int], resting: dict[int, _Found], most: int | None) -> _Choice:
     """Who may go after the choices of `path`: whoever went last first, so that interruptions come later."""
     if not path:
-        return _Choice(awake, {}, resting, None, 0)
+        return _Choice(awake, {}, resting, None, 0, awake)
     last = path[-1]
+    everybody = awake
     interrupted = last.interruptions + (last.running not in (None, last.taken))
     running = last.taken if last.taken in awake else None
     if running is not None:
@@ -605,12 +677,22 @@ def _next_choice(path: list[_Choice], awake: list[int], resting: dict[int, _Foun
         if interrupted == most:
             awake = [running]
     # With a bound, an order that is the same but for commuting steps may be out of bounds: nobody sleeps.
-    return _Choice(awake, last.sleepers() if most is None else {}, resting, running, interrupted)
+    asleep = last.sleepers() if most is None else {}
+    return _Choice(awake, asleep, resting, running, interrupted, everybody)
 
 
-def _state(case: Case) -> object:
-    """What others can see of the actors' work; without a way to tell, no two states are alike."""
-    return object() if case.state is None else case.state()
+def _anew(case: Case | None, make: Callable[[], Case]) -> Case:
+    """The case from its start; another one, where it cannot be put back."""
+    if case is None or case.again is None:
+        return make()
+    case.actors = case.again()
+    return case
+
+
+def _state(case: Case, actors: list[Actor]) -> tuple[object, object]:
+    """What others can see of the actors' work, and that with the actors themselves; without a way to tell, no two
+    states are alike, and the situation is None."""
+    return (object(), None) if case.state is None else case.state(actors)
 
 
 def _step(locks: _Locks, actor: Actor, tried: set[tuple[str, bool]]) -> frozenset[tuple[str, bool]]:

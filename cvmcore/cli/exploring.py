@@ -67,7 +67,8 @@ def explore(
         return 0
     chosen, owner = scenario(name), load_backend(backend)
     host = Host(owner, load_profile_for(owner, None), nr_frames=1 << 10)
-    if not chosen.fits(owner, host.capabilities(owner.vm_type, host.options)):
+    caps = host.capabilities(owner.vm_type, host.options)
+    if not chosen.fits(owner, caps):
         for_ = f"it is for {', '.join(chosen.alone)}" if chosen.alone else f"it needs {chosen.needs.name}"
         raise InputError(f"backend {backend} cannot have the race {name}: {for_}")
     if off and chosen.off is None and chosen.broken is None:
@@ -84,10 +85,13 @@ def explore(
             played = sched.at_random(make, at_random, seed)
             figures = {"schedules": at_random}
         else:
-            bound = chosen.bound if interruptions is None else interruptions
+            bound = chosen.interruptions(caps) if interruptions is None else interruptions
             try:
                 found = sched.explore(make, interruptions=bound)
-                figures = {"schedules": found.schedules, "steps": found.steps, "given_up": found.pruned}
+                figures = {
+                    "schedules": found.schedules, "given_up": found.pruned, "situations": found.situations,
+                    "ends": found.ends, "steps": found.steps,
+                }  # fmt: skip
             except Exception as error:
                 if not hasattr(error, "schedule"):
                     raise

@@ -35,7 +35,8 @@ from cvmcore.sched import Lockdep
 from cvmcore.testing.faults import ANSWERS, BusyLock, Failing, FailingHook, FailingMemory, at_every_place
 from cvmcore.testing.invariants import ALWAYS, Checker, Needs
 from cvmcore.testing.player import Died, Failed, Player
-from cvmcore.testing.state import fingerprint, peek
+from cvmcore.testing.reach import fingerprint
+from cvmcore.testing.state import peek
 from cvmcore.types import (
     KVM_MEM_LOG_DIRTY_PAGES,
     PAGE_BYTES,

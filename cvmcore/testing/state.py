@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -12,7 +9,7 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from cvmcore.effects import Effect, Lock, drain
+from cvmcore.effects import drain
 from cvmcore.events import Event
 from cvmcore.mem.gmem import GmemFile, GmemInode
 from cvmcore.mem.mm import Mapping
@@ -237,63 +234,6 @@ class State:
     def mappings(self) -> list[Mapping]:
         """Anonymous mappings of the VM's address space."""
         return [mapping for mapping in self.vm.mm.mappings if mapping.gmem is None]
-
-
-# ---- all of it, as one number ---------------------------------------------------------------------------------
-
-_UNSEEN = frozenset({
-    "calls", "checks", "drive", "exits", "faults", "generation", "in_use", "kicks", "meter", "ops", "peak", "profile",
-    "retries", "_log",
-})  # fmt: skip
-"""Attributes that decide nothing: counters, the clock, observers, the driver."""
-_PLAIN = (int, float, str, bytes, bool, type(None))
-
-
-def fingerprint(*objects: object, elements: int = 4096) -> int:
-    """A hash of all that stands in these objects and what they reach: for `Case.state`, and to compare two worlds.
-
-    Follows attributes, containers and arrays; an object that was met before counts by when it was met. Of an array so
-    many elements are looked at: keep gfns and frames below that. Functions, locks, classes and counters are left out.
-    """
-    met: dict[int, int] = {}
-    found: list[object] = []
-    stack: list[object] = list(objects)
-    while stack:
-        item = stack.pop()
-        if isinstance(item, _PLAIN):
-            found.append(item)
-            continue
-        if id(item) in met:
-            found.append(met[id(item)])
-            continue
-        met[id(item)] = len(met)
-        if isinstance(item, np.ndarray):
-            found.append(item[:elements].tobytes())
-        elif isinstance(item, dict):
-            found.append(len(item))
-            for key, value in item.items():
-                stack += (value, key)
-        elif isinstance(item, list | tuple | deque):
-            found.append(len(item))
-            stack += item
-        elif isinstance(item, set | frozenset):
-            found += [len(item), *sorted(map(hash, item))]
-        elif isinstance(item, slice):
-            found.append((item.start, item.stop, item.step))
-        elif isinstance(item, Enum | np.generic):
-            found.append(hash(item))
-        elif not isinstance(item, Lock | Effect | type) and not callable(item) and not hasattr(item, "gi_frame"):
-            found.append(type(item).__name__)
-            stack += [value for name, value in _attributes(item) if name not in _UNSEEN]
-    return hash(tuple(found))
-
-
-def _attributes(item: object) -> Iterator[tuple[str, object]]:
-    yield from getattr(item, "__dict__", {}).items()
-    for kind in type(item).__mro__:
-        for name in getattr(kind, "__slots__", ()):
-            if isinstance(name, str) and hasattr(item, name):
-                yield name, getattr(item, name)
 
 
 # ---- before and after -----------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
-"""A small VM for cases in which actors race: made in milliseconds, since every schedule begins with a new one."""
+"""A small VM for cases in which actors race: made in milliseconds, and put back for each schedule."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +19,7 @@ from cvmcore.pages import Sel, run
 from cvmcore.runner import load_profile_for
 from cvmcore.sched import Case
 from cvmcore.testing.invariants import Checker
-from cvmcore.testing.state import fingerprint
+from cvmcore.testing.reach import Fingerprint, Kept
 from cvmcore.types import PAGE_BYTES, RetPf
 from cvmcore.vcpu import RETRY, Accept, Convert, Touch
 from cvmcore.vm import Vm
@@ -59,6 +59,8 @@ class World:
         )  # fmt: skip
         self.checker = Checker.on(self.host, concurrent=True)
         self.checker.resting = True
+        # Time stands still: it decides nothing, and would make situations differ that are alike.
+        self.host.meter.prices = dict.fromkeys(self.host.meter.prices, 0)
         self.machine = Machine(self.host, pages * PAGE_BYTES, vcpus=2)
         self.vm: Vm = self.machine.vm.vm
         if launch:
@@ -154,8 +156,13 @@ class World:
         assert action.seen is not None
         return int(action.seen[0])
 
-    def case(self, actors: dict[str, Steps[Any]], check: Callable[[list[Any]], None] | None = None) -> Case:
-        """The case: invariants at each step, all of them and `check` at the end, and that nothing is left."""
+    def case(
+        self, actors: dict[str, Callable[[], Steps[Any]]], check: Callable[[list[Any]], None] | None = None
+    ) -> Case:
+        """The case: invariants at each step, all of them and `check` at the end, and that nothing is left.
+
+        actors: what makes each actor's steps. Whatever they and `check` write to besides the world, they must enclose.
+        """
 
         def at_end(results: list[Any]) -> None:
             for result in results:
@@ -174,9 +181,19 @@ class World:
             if not self.vm.destroyed:
                 self.checker.check(self.vm, quiet=False)
 
-        self.checker.resting = False
-        return Case(self.host, list(actors.items()), at_end, step, self.state)
+        seen: dict[int, tuple[bytes, bytes]] = {}
 
-    def state(self) -> int:
-        """A fingerprint of all that actors can see of each other."""
-        return fingerprint(self.host, elements=1 << 10)
+        def state(own: Sequence[object]) -> tuple[object, object]:
+            found = Fingerprint(seen=seen)
+            return found.take(self.host, self.machine, self.checker.trace, check), found.take(*own)
+
+        def start() -> list[tuple[str, Steps[Any]]]:
+            return [(name, make()) for name, make in actors.items()]
+
+        def again() -> list[tuple[str, Steps[Any]]]:
+            kept.restore()
+            return start()
+
+        self.checker.resting = False
+        kept = Kept(self, check, *actors.values())
+        return Case(self.host, start(), at_end, step, state, again)
