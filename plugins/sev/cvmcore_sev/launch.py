@@ -1,8 +1,7 @@
-"""Measured launch, the VMM's side: what a firmware image asks for, save areas, kernel hashes, and the order of it.
+"""Measured launch, the VMM's side: what a firmware image asks for, save areas, kernel hashes.
 
 The digest itself is the firmware's (`hw`); tests hold it against sev-snp-measure, which is written apart from both.
-Sources: OVMF's reset vector table and SEV metadata, and the orders that QEMU and sev-snp-measure use. All integers
-little endian.
+Sources: OVMF's reset vector table and SEV metadata, QEMU, sev-snp-measure. All integers little endian.
 """
 
 from __future__ import annotations
@@ -31,20 +30,6 @@ PAGE_TYPES: Final[Mapping[str, int]] = {
     "cpuid": 6,
 }
 """Kinds of image pages and their PAGE_TYPE in SNP_LAUNCH_UPDATE."""
-
-
-@attrs.frozen
-class LaunchStep:
-    """One stretch of the initial image: pages of one kind from gpa on, in the order they are measured.
-
-    data: their bytes, for "normal" and "vmsa" pages, and SEV's "data", which need not be whole pages; other kinds have
-    none that counts.
-    """
-
-    kind: str
-    gpa: int
-    size_bytes: int
-    data: bytes = b""
 
 
 def id_block(ld: bytes, policy: int, *, family: bytes = bytes(16), image: bytes = bytes(16), svn: int = 0) -> bytes:
@@ -291,52 +276,3 @@ def _parse_metadata(image: bytes, table: Mapping[str, bytes]) -> list[Section]:
         if section.gpa % PAGE_BYTES or section.size_bytes % PAGE_BYTES:
             raise InputError(f"SEV metadata section at {section.gpa:#x} is not whole pages")
     return sections
-
-
-# ---- the steps of a launch ----------------------------------------------------------------------------------------
-
-
-def snp_steps(
-    firmware: Firmware, vmsas: Sequence[bytes], *, vmm: str = "qemu", hashes: bytes = b""
-) -> list[LaunchStep]:
-    """The steps of an SNP launch: image, metadata sections, save areas. hashes: `hash_table` of a direct boot."""
-    image = LaunchStep("normal", firmware.gpa, len(firmware.image), firmware.image)
-    return [image, *_section_steps(firmware, vmm, hashes), *_vmsa_steps(vmsas)]
-
-
-def svsm_steps(firmware: Firmware, svsm: Firmware, vmsas: Sequence[bytes]) -> list[LaunchStep]:
-    """The steps with an SVSM below the firmware: image, SVSM, the SVSM's sections, save areas."""
-    images = [LaunchStep("normal", each.gpa, len(each.image), each.image) for each in (firmware, svsm)]
-    return [*images, *_section_steps(svsm, "qemu", b""), *_vmsa_steps(vmsas)]
-
-
-def sev_steps(firmware: Firmware, hashes: bytes = b"") -> list[LaunchStep]:
-    """What an SEV or SEV-ES launch measures before the save areas, in QEMU's order: the image, the kernel hashes."""
-    if hashes and not firmware.hashes_gpa:
-        raise InputError("a kernel is given, but the firmware has no place for its hashes")
-    image = LaunchStep("data", firmware.gpa, len(firmware.image), firmware.image)
-    return [image, *([LaunchStep("data", firmware.hashes_gpa, len(hashes), hashes)] if hashes else [])]
-
-
-def _section_steps(firmware: Firmware, vmm: str, hashes: bytes) -> list[LaunchStep]:
-    if hashes and not any(section.type == KERNEL_HASHES for section in firmware.sections):
-        raise InputError("a kernel is given, but the firmware's metadata has no section for its hashes")
-    steps: list[LaunchStep] = []
-    last: list[LaunchStep] = []
-    for section in firmware.sections:
-        kinds = SECTIONS[section.type]
-        if vmm not in kinds:
-            raise InputError(f"VMM '{vmm}' is none of {', '.join(kinds)}")
-        if section.type == KERNEL_HASHES and hashes:
-            page = (bytes(firmware.hashes_gpa & (PAGE_BYTES - 1)) + hashes).ljust(PAGE_BYTES, b"\0")
-            steps.append(LaunchStep("normal", section.gpa, PAGE_BYTES, page))
-        elif section.type in (SECRETS, CPUID):
-            step = LaunchStep(kinds[vmm], section.gpa, PAGE_BYTES)
-            (last if section.type == CPUID and vmm == "ec2" else steps).append(step)
-        else:
-            steps.append(LaunchStep(kinds[vmm], section.gpa, section.size_bytes))
-    return steps + last
-
-
-def _vmsa_steps(vmsas: Sequence[bytes]) -> list[LaunchStep]:
-    return [LaunchStep("vmsa", VMSA_GPA, PAGE_BYTES, page) for page in vmsas]

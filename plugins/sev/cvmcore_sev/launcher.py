@@ -11,23 +11,78 @@ from cvmcore.errors import InputError
 from cvmcore.measured import AddVcpu, Call, Command, Hva, Launcher, Load, Write, cover
 from cvmcore.types import PAGE_BYTES
 from cvmcore_sev.commands import ES_POLICY, SNP_POLICY, watch_launch
-from cvmcore_sev.launch import CPUS, SECTIONS, Firmware, hash_table, parse_firmware, sev_steps, snp_steps, vmsa_pages
+from cvmcore_sev.launch import (
+    CPUID,
+    CPUS,
+    KERNEL_HASHES,
+    SECRETS,
+    SECTIONS,
+    VMSA_GPA,
+    Firmware,
+    hash_table,
+    parse_firmware,
+    vmsa_pages,
+)
 
 _SNP_ACTIVE: Final = 1
 MAX_VCPUS: Final = 4096
 
 
-def _option(name: str, default: str | int, help: str, choices: tuple[str, ...] = ()) -> Option:
-    return Option(name, default, help, choices)
+# ---- what is loaded, in the order it is measured ----------------------------------------------------------------
 
+
+def snp_steps(firmware: Firmware, vmsas: Sequence[bytes], *, vmm: str = "qemu", hashes: bytes = b"") -> list[Load]:
+    """The steps of an SNP launch: image, metadata sections, save areas. hashes: `hash_table` of a direct boot."""
+    image = Load("normal", firmware.gpa, len(firmware.image), firmware.image)
+    return [image, *_section_steps(firmware, vmm, hashes), *_vmsa_steps(vmsas)]
+
+
+def svsm_steps(firmware: Firmware, svsm: Firmware, vmsas: Sequence[bytes]) -> list[Load]:
+    """The steps with an SVSM below the firmware: image, SVSM, the SVSM's sections, save areas."""
+    images = [Load("normal", each.gpa, len(each.image), each.image) for each in (firmware, svsm)]
+    return [*images, *_section_steps(svsm, "qemu", b""), *_vmsa_steps(vmsas)]
+
+
+def sev_steps(firmware: Firmware, hashes: bytes = b"") -> list[tuple[int, bytes]]:
+    """What an SEV or SEV-ES launch measures before the save areas, gpa and bytes: the image, the kernel hashes."""
+    if hashes and not firmware.hashes_gpa:
+        raise InputError("a kernel is given, but the firmware has no place for its hashes")
+    return [(firmware.gpa, firmware.image), *([(firmware.hashes_gpa, hashes)] if hashes else [])]
+
+
+def _section_steps(firmware: Firmware, vmm: str, hashes: bytes) -> list[Load]:
+    if hashes and not any(section.type == KERNEL_HASHES for section in firmware.sections):
+        raise InputError("a kernel is given, but the firmware's metadata has no section for its hashes")
+    steps: list[Load] = []
+    last: list[Load] = []
+    for section in firmware.sections:
+        kinds = SECTIONS[section.type]
+        if vmm not in kinds:
+            raise InputError(f"VMM '{vmm}' is none of {', '.join(kinds)}")
+        if section.type == KERNEL_HASHES and hashes:
+            page = (bytes(firmware.hashes_gpa & (PAGE_BYTES - 1)) + hashes).ljust(PAGE_BYTES, b"\0")
+            steps.append(Load("normal", section.gpa, PAGE_BYTES, page))
+        elif section.type in (SECRETS, CPUID):
+            step = Load(kinds[vmm], section.gpa, PAGE_BYTES)
+            (last if section.type == CPUID and vmm == "ec2" else steps).append(step)
+        else:
+            steps.append(Load(kinds[vmm], section.gpa, section.size_bytes))
+    return steps + last
+
+
+def _vmsa_steps(vmsas: Sequence[bytes]) -> list[Load]:
+    return [Load("vmsa", VMSA_GPA, PAGE_BYTES, page) for page in vmsas]
+
+
+# ---- options and plans -------------------------------------------------------------------------------------------
 
 _COMMON: Final = (
-    _option("vcpus", 1, "how many vCPUs"),
-    _option("vcpu-type", "EPYC-Milan", f"{', '.join(CPUS)}, with or without -v1 and so on, or a CPUID signature 0x..."),
-    _option("vmm-type", "qemu", "whose save areas and sections", tuple(next(iter(SECTIONS.values())))),
-    _option("kernel", "", "kernel that is booted directly: its hash is measured"),
-    _option("initrd", "", "its initial RAM disk"),
-    _option("append", "", "its command line"),
+    Option("vcpus", 1, "how many vCPUs"),
+    Option("vcpu-type", "EPYC-Milan", f"{', '.join(CPUS)}, with or without -v1 and so on, or a CPUID signature 0x..."),
+    Option("vmm-type", "qemu", "whose save areas and sections", tuple(next(iter(SECTIONS.values())))),
+    Option("kernel", "", "kernel that is booted directly: its hash is measured"),
+    Option("initrd", "", "its initial RAM disk"),
+    Option("append", "", "its command line"),
 )
 
 
@@ -80,7 +135,7 @@ def _snp(image: bytes, options: Mapping[str, Any]) -> Sequence[Call]:
         *cover((step.gpa, step.size_bytes) for step in steps),
         *(AddVcpu(vmsa) for vmsa in vmsas),
         Command("KVM_SEV_SNP_LAUNCH_START", {"policy": options["policy"]}),
-        *(Load(step.kind, step.gpa, step.size_bytes, step.data) for step in steps),
+        *steps,
         Command("KVM_SEV_SNP_LAUNCH_FINISH"),
     ]
 
@@ -95,15 +150,14 @@ def _legacy(es: bool) -> Callable[[bytes, Mapping[str, Any]], Sequence[Call]]:
         steps = sev_steps(firmware, _hashes(options))
         calls: list[Call] = [
             Command("KVM_SEV_INIT2", {"vmsa_features": features}),
-            *cover(_pages_of(step.gpa, step.size_bytes) for step in steps),
+            *cover(_pages_of(gpa, len(data)) for gpa, data in steps),
             *(AddVcpu(state) for state in states),
             Command("KVM_SEV_LAUNCH_START", {"policy": options["policy"]}),
         ]
-        for step in steps:
-            start, offset = step.gpa & -PAGE_BYTES, step.gpa % PAGE_BYTES
-            calls.append(Write(start, bytes(offset) + step.data))
-            for gpa in range(step.gpa, step.gpa + step.size_bytes, PAGE_BYTES):
-                length = min(PAGE_BYTES, step.gpa + step.size_bytes - gpa)
+        for start, data in steps:
+            calls.append(Write(start & -PAGE_BYTES, bytes(start % PAGE_BYTES) + data))
+            for gpa in range(start, start + len(data), PAGE_BYTES):
+                length = min(PAGE_BYTES, start + len(data) - gpa)
                 calls.append(Command("KVM_SEV_LAUNCH_UPDATE_DATA", {"uaddr": Hva(gpa), "len": length}, gpa))
         calls += [Command("KVM_SEV_LAUNCH_UPDATE_VMSA")] if es else []
         return [*calls, Command("KVM_SEV_LAUNCH_MEASURE", {"len": 48}), Command("KVM_SEV_LAUNCH_FINISH")]
@@ -120,8 +174,8 @@ def _pages_of(gpa: int, size_bytes: int) -> tuple[int, int]:
 SNP = Launcher(
     (
         *_COMMON,
-        _option("policy", SNP_POLICY, "guest policy"),
-        _option("guest-features", _SNP_ACTIVE, "SEV_FEATURES of the save areas"),
+        Option("policy", SNP_POLICY, "guest policy"),
+        Option("guest-features", _SNP_ACTIVE, "SEV_FEATURES of the save areas"),
     ),
     _snp,
     watch_launch,
@@ -129,11 +183,11 @@ SNP = Launcher(
 SEV_ES = Launcher(
     (
         *_COMMON,
-        _option("policy", ES_POLICY, "guest policy"),
-        _option("guest-features", 0, "SEV_FEATURES of the save areas"),
+        Option("policy", ES_POLICY, "guest policy"),
+        Option("guest-features", 0, "SEV_FEATURES of the save areas"),
     ),
     _legacy(True),
     watch_launch,
 )
-SEV = Launcher((*_COMMON, _option("policy", 0, "guest policy")), _legacy(False), watch_launch)
+SEV = Launcher((*_COMMON, Option("policy", 0, "guest policy")), _legacy(False), watch_launch)
 """Plain SEV measures no vCPU: their type and the VMM make no difference."""

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cvmcore.measured import Load
 from cvmcore.memory import Memory
 from cvmcore.pages import Sel, run
 from cvmcore.types import PG_LEVEL_2M, PG_LEVEL_4K
 from cvmcore_sev.errors import PageState
 from cvmcore_sev.hw import Rmp, SevHardware, extend_launch_digest, page_contents
-from cvmcore_sev.launch import PAGE_TYPES, LaunchStep
+from cvmcore_sev.launch import PAGE_TYPES
 
 NR_FRAMES = 8 * 512 + 100
 """The last region is covered in part only."""
@@ -114,12 +115,12 @@ ALL_SECTIONS = [
 ]
 
 
-def snp_digest(steps: Sequence[LaunchStep]) -> bytes:
+def snp_digest(steps: Sequence[Load]) -> bytes:
     """LD by the firmware's arithmetic."""
     ld = bytes(48)
     for step in steps:
         page_type = PAGE_TYPES[step.kind]
-        data = step.data.ljust(step.size_bytes, b"\0")
+        data = step.contents.ljust(step.size_bytes, b"\0")
         for at in range(0, step.size_bytes, 4096):
             gpa = step.gpa + at
             ld = extend_launch_digest(ld, page_contents(data[at : at + 4096], page_type), page_type, gpa)

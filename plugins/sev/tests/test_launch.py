@@ -9,24 +9,25 @@ import pytest
 from sev_helpers import ALL_SECTIONS, RESET, firmware, record, snp_digest
 
 from cvmcore.errors import InputError
+from cvmcore.measured import Load
 from cvmcore_sev import launch
 from cvmcore_sev.hw import measurement, page_contents
-from cvmcore_sev.launch import LaunchStep
+from cvmcore_sev.launcher import sev_steps, snp_steps, svsm_steps
 
 # ---- self-checks (reference, section 7.5; cumulative) --------------------------------------------------------------
 
 ROME_VMSA = launch.vmsa_page(signature=0x830F10, features=1)
 SELF_CHECK = [
     (
-        [LaunchStep("normal", 0x1000, 4096, b"\xaa" * 4096)],
+        [Load("normal", 0x1000, 4096, b"\xaa" * 4096)],
         "83f2b12dec4ffc7a903475c06f60c3a229e45e61ad87e4f775f0cc95cea53ade2911f84e1205ddfa14df9bf20bf3f0c3",
     ),
     (
-        [LaunchStep("zero", 0x2000, 4096), LaunchStep("secrets", 0x3000, 4096), LaunchStep("cpuid", 0x4000, 4096)],
+        [Load("zero", 0x2000, 4096), Load("secrets", 0x3000, 4096), Load("cpuid", 0x4000, 4096)],
         "2577db5761b57113e55c4749c1eb761c4ede421a8a7bdd0fad124d033b08f97a6786b601d4c9ea63a1af3e4b52640f17",
     ),
     (
-        [LaunchStep("vmsa", launch.VMSA_GPA, 4096, ROME_VMSA)],
+        [Load("vmsa", launch.VMSA_GPA, 4096, ROME_VMSA)],
         "85783c8317a069936df3e9a93494a7b65019d60c6e588f6b4b45ff884a6fd0aff2eeb7f895c681bd04d77425ca3bcecc",
     ),
 ]
@@ -164,7 +165,7 @@ def test_a_broken_image_is_refused(image, message):
 )
 def test_steps_of_an_snp_launch(vmm, kinds):
     image = launch.parse_firmware(firmware(ALL_SECTIONS))
-    steps = launch.snp_steps(image, [bytes(4096)] * 2, vmm=vmm)
+    steps = snp_steps(image, [bytes(4096)] * 2, vmm=vmm)
     assert [step.kind for step in steps] == kinds
     assert [step.size_bytes for step in steps if step.gpa == 0x800000] == [0x2000]
 
@@ -172,34 +173,34 @@ def test_steps_of_an_snp_launch(vmm, kinds):
 def test_kernel_hashes_become_a_measured_page():
     image = launch.parse_firmware(firmware(ALL_SECTIONS))
     table = launch.hash_table(b"kernel")
-    page = next(s for s in launch.snp_steps(image, [], hashes=table) if s.gpa == 0x810000)
-    assert page.kind == "normal" and page.data == bytes(0xC00) + table + bytes(4096 - 0xC00 - 176)
+    page = next(s for s in snp_steps(image, [], hashes=table) if s.gpa == 0x810000)
+    assert page.kind == "normal" and page.contents == bytes(0xC00) + table + bytes(4096 - 0xC00 - 176)
 
 
 def test_kernel_hashes_need_a_place():
     image = launch.parse_firmware(firmware(ALL_SECTIONS[:4], hashes=0))
     with pytest.raises(InputError, match="no section for its hashes"):
-        launch.snp_steps(image, [], hashes=b"h")
+        snp_steps(image, [], hashes=b"h")
     with pytest.raises(InputError, match="no place for its hashes"):
-        launch.sev_steps(image, b"h")
+        sev_steps(image, b"h")
     with pytest.raises(InputError, match="VMM 'xen'"):
-        launch.snp_steps(image, [], vmm="xen")
+        snp_steps(image, [], vmm="xen")
 
 
 def test_sev_measures_the_image_and_then_the_hashes_where_the_firmware_reads_them():
     image = launch.parse_firmware(firmware())
     table = launch.hash_table(b"kernel")
-    assert launch.sev_steps(image, table) == [
-        LaunchStep("data", image.gpa, 4 * 4096, image.image),
-        LaunchStep("data", 0x80FC00, 176, table),
+    assert sev_steps(image, table) == [
+        (image.gpa, image.image),
+        (0x80FC00, table),
     ]
-    assert launch.sev_steps(image) == launch.sev_steps(image, table)[:1]
+    assert sev_steps(image) == sev_steps(image, table)[:1]
 
 
 def test_steps_with_an_svsm():
     image = launch.parse_firmware(firmware(ALL_SECTIONS))
     svsm = launch.parse_firmware(firmware([(0x1000, 0x1000, 2)], npages=2), end=image.gpa - 0x1000)
-    steps = launch.svsm_steps(image, svsm, [bytes(4096)])
+    steps = svsm_steps(image, svsm, [bytes(4096)])
     assert [(s.kind, s.gpa) for s in steps] == [
         ("normal", image.gpa),
         ("normal", image.gpa - 0x1000 - 2 * 4096),

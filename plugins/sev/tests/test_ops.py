@@ -10,6 +10,7 @@ import pytest
 from sev_helpers import snp_digest
 
 from cvmcore.errors import InvariantViolation, UapiError
+from cvmcore.measured import Load
 from cvmcore.memory import SCRAMBLED
 from cvmcore.pages import array_of, count, run
 from cvmcore.types import (
@@ -406,11 +407,11 @@ def test_snp_launch(rig):
     rig.call("launch_finish", vm=vm)
     vmsa = [vcpu.arch.vmsa for vcpu in vm.vcpus]
     steps = [
-        launch.LaunchStep("normal", 16 << 12, 4 << 12, b"".join(PAGES)),
-        launch.LaunchStep("zero", 20 << 12, 2 << 12),
-        launch.LaunchStep("secrets", 22 << 12, 4096),
-        launch.LaunchStep("cpuid", 23 << 12, 4096),
-        *(launch.LaunchStep("vmsa", launch.VMSA_GPA, 4096, page) for page in vmsa),
+        Load("normal", 16 << 12, 4 << 12, b"".join(PAGES)),
+        Load("zero", 20 << 12, 2 << 12),
+        Load("secrets", 22 << 12, 4096),
+        Load("cpuid", 23 << 12, 4096),
+        *(Load("vmsa", launch.VMSA_GPA, 4096, page) for page in vmsa),
     ]
     assert vm.arch.launch_digest == snp_digest(steps)
     assert vm.pre_fault_allowed and rig.hw.rmp.violations() == []

@@ -1,6 +1,6 @@
-"""Measured launch: what a verifier expects a TD's MRTD to be, and the steps that a VMM takes to get there.
+"""Measured launch: what a verifier expects a TD's MRTD to be, and what a firmware image asks for.
 
-This is the verifier's arithmetic, written apart from the module's in `hw` (neither may import the other); a test
+`mrtd` is the verifier's arithmetic, written apart from the module's in `hw` (neither may import the other); a test
 holds the two against each other. Sources: TDX module ABI (TDH.MEM.PAGE.ADD, TDH.MR.EXTEND), the TDVF design guide,
 edk2 OvmfPkg, QEMU's TDVF loader. All integers little endian.
 """
@@ -21,36 +21,19 @@ from cvmcore.types import PAGE_BYTES
 
 CHUNK_BYTES: Final = 256
 """What one MR.EXTEND measures."""
-MEASURED, UNMEASURED = "normal", "unmeasured"
 
 
-@attrs.frozen
-class LaunchStep:
-    """One stretch of the initial image: whole pages from gpa on, of the kind "normal" (content measured) or
-    "unmeasured" (only that the pages are there is measured). data: their bytes; zeros follow where it is shorter."""
+def mrtd(pages: Iterable[tuple[int, bytes, bool]]) -> bytes:
+    """The MRTD of an image: SHA-384 over a record per page added, and a record and 256 bytes per chunk extended.
 
-    kind: str
-    gpa: int
-    size_bytes: int
-    data: bytes = b""
-
-    def pages(self) -> list[bytes]:
-        """The content of each page."""
-        data = self.data.ljust(self.size_bytes, b"\0")
-        return [data[at : at + PAGE_BYTES] for at in range(0, self.size_bytes, PAGE_BYTES)]
-
-
-def mrtd(steps: Iterable[LaunchStep]) -> bytes:
-    """The MRTD of an image: SHA-384 over a record per page added, and a record and 256 bytes per chunk extended."""
+    pages: gpa, content (4096 bytes) and whether it is measured, in the order they are added.
+    """
     digest = hashlib.sha384()
-    for step in steps:
-        for i, page in enumerate(step.pages()):
-            gpa = step.gpa + i * PAGE_BYTES
-            digest.update(struct.pack("<16sQ104x", b"MEM.PAGE.ADD", gpa))
-            if step.kind == MEASURED:
-                for at in range(0, PAGE_BYTES, CHUNK_BYTES):
-                    digest.update(struct.pack("<16sQ104x", b"MR.EXTEND", gpa + at))
-                    digest.update(page[at : at + CHUNK_BYTES])
+    for gpa, page, measured in pages:
+        digest.update(struct.pack("<16sQ104x", b"MEM.PAGE.ADD", gpa))
+        for at in range(0, PAGE_BYTES if measured else 0, CHUNK_BYTES):
+            digest.update(struct.pack("<16sQ104x", b"MR.EXTEND", gpa + at))
+            digest.update(page[at : at + CHUNK_BYTES])
     return digest.digest()
 
 
@@ -154,19 +137,3 @@ def _section(image: bytes, offset: int, data_size: int, gpa: int, size: int, kin
     if offset + data_size > len(image):
         raise bad("has data beyond the end of the image")
     return Section(offset, data_size, gpa, size, SectionType(kind), attributes)
-
-
-def launch_steps(firmware: Firmware, hob: bytes = b"") -> list[LaunchStep]:
-    """The steps of a TD launch, in table order. hob: the hand-off block that the VMM makes; it is not measured."""
-    steps: list[LaunchStep] = []
-    for section in firmware.sections:
-        if section.attributes & PAGE_AUG:
-            continue
-        data = firmware.image[section.data_offset : section.data_offset + section.data_size]
-        if section.type is SectionType.TD_HOB:
-            if len(hob) > section.size_bytes:
-                raise InputError(f"a hand-off block of {len(hob)} bytes does not fit into {section.size_bytes}")
-            data = hob
-        kind = MEASURED if section.attributes & MR_EXTEND else UNMEASURED
-        steps.append(LaunchStep(kind, section.gpa, section.size_bytes, data))
-    return steps

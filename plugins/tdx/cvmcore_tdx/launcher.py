@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cvmcore.backend import Option
 from cvmcore.errors import InputError
 from cvmcore.measured import AddVcpu, Call, Command, Launcher, Load, cover
 from cvmcore.types import PAGE_BYTES
-from cvmcore_tdx.launch import MEASURED, UNMEASURED, launch_steps, parse_firmware
+from cvmcore_tdx.launch import MR_EXTEND, PAGE_AUG, Firmware, SectionType, parse_firmware
 from cvmcore_tdx.ops import watch_launch
 
 MAX_VCPUS = 4096
+MEASURED, UNMEASURED = "normal", "unmeasured"
 PER_PAGE, TWO_PASS = "per-page", "two-pass"
+
+
+def launch_steps(firmware: Firmware, hob: bytes = b"") -> list[Load]:
+    """The steps of a TD launch, in table order. hob: the hand-off block that the VMM makes; it is not measured."""
+    steps: list[Load] = []
+    for section in firmware.sections:
+        if section.attributes & PAGE_AUG:
+            continue
+        data = firmware.image[section.data_offset : section.data_offset + section.data_size]
+        if section.type is SectionType.TD_HOB:
+            if len(hob) > section.size_bytes:
+                raise InputError(f"a hand-off block of {len(hob)} bytes does not fit into {section.size_bytes}")
+            data = hob
+        kind = MEASURED if section.attributes & MR_EXTEND else UNMEASURED
+        steps.append(Load(kind, section.gpa, section.size_bytes, data))
+    return steps
+
+
+def pages(steps: Iterable[Load]) -> Iterator[tuple[int, bytes, bool]]:
+    """The pages of steps, as `launch.mrtd` wants them."""
+    for step in steps:
+        contents = step.contents.ljust(step.size_bytes, b"\0")
+        for at in range(0, step.size_bytes, PAGE_BYTES):
+            yield step.gpa + at, contents[at : at + PAGE_BYTES], step.kind == MEASURED
 
 
 def plan(image: bytes, options: Mapping[str, Any]) -> Sequence[Call]:
@@ -34,11 +59,11 @@ def plan(image: bytes, options: Mapping[str, Any]) -> Sequence[Call]:
     ]
     for step in steps:
         if step.kind == MEASURED and options["order"] == TWO_PASS:
-            calls.append(Load(UNMEASURED, step.gpa, step.size_bytes, step.data))
+            calls.append(Load(UNMEASURED, step.gpa, step.size_bytes, step.contents))
             region = {"gpa": step.gpa, "nr_pages": step.size_bytes // PAGE_BYTES}
             calls.append(Command("KVM_TDX_EXTEND_MEMORY", region, step.gpa))
         else:
-            calls.append(Load(step.kind, step.gpa, step.size_bytes, step.data))
+            calls.append(step)
     return [*calls, Command("KVM_TDX_FINALIZE_VM")]
 
 

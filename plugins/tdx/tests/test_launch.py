@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from cvmcore.effects import drain
 from cvmcore.errors import InputError
+from cvmcore.measured import Load
 from cvmcore.pages import run
 from cvmcore_tdx.errors import describe
-from cvmcore_tdx.launch import LaunchStep, SectionType, launch_steps, mrtd, parse_firmware
+from cvmcore_tdx.launch import SectionType, mrtd, parse_firmware
+from cvmcore_tdx.launcher import launch_steps, pages
 
 EMPTY = "38b060a751ac96384cd9327eb1b1e36a21fdb71114be07434c0cc7bf63f6e1da274edebfe76f65fbd51ad2f14898b95b"
 ADDED = "8f3e9a8aca6784eab874f7aa4dda5d49104a88047f1f86695ef2a88f5691a90e34aac48ce45ffa1f5a23c7d62980d570"
@@ -25,37 +27,36 @@ COUNTING = bytes(i & 0xFF for i in range(4096))
 
 CASES = [
     ([], EMPTY),
-    ([LaunchStep("unmeasured", 0, 4096)], ADDED),
-    ([LaunchStep("normal", 0, 4096)], ZEROS),
-    ([LaunchStep("normal", 0x1000, 4096, COUNTING)], COUNTED),
+    ([Load("unmeasured", 0, 4096)], ADDED),
+    ([Load("normal", 0, 4096)], ZEROS),
+    ([Load("normal", 0x1000, 4096, COUNTING)], COUNTED),
 ]
 
 
-def load(world: Any, steps: list[LaunchStep]) -> bytes:
+def load(world: Any, steps: list[Load]) -> bytes:
     """Put the steps into a TD of the module, and finalise it."""
     m, tdr = world.module, world.tdr
     source, pfn = 500, 600
-    for step in steps:
-        for i, page in enumerate(step.pages()):
-            gfn = (step.gpa >> 12) + i
-            world.tables(gfn)
-            m.memory.write(run(source, 1), m.memory.intern(page), 0)
-            world.done(m.tdh_mem_page_add(tdr, run(gfn, 1), run(pfn, 1), run(source, 1)), 1)
-            if step.kind == "normal":
-                world.done(m.tdh_mr_extend(tdr, gfn << 12, 16), 16)
-            pfn += 1
+    for gpa, page, measured in pages(steps):
+        gfn = gpa >> 12
+        world.tables(gfn)
+        m.memory.write(run(source, 1), m.memory.intern(page), 0)
+        world.done(m.tdh_mem_page_add(tdr, run(gfn, 1), run(pfn, 1), run(source, 1)), 1)
+        if measured:
+            world.done(m.tdh_mr_extend(tdr, gpa, 16), 16)
+        pfn += 1
     world.ok(m.tdh_mr_finalize(tdr))
     digest: bytes = world.td.mrtd
     return digest
 
 
 @pytest.mark.parametrize(("steps", "expected"), CASES)
-def test_self_check_values(world: Any, steps: list[LaunchStep], expected: str) -> None:
+def test_self_check_values(world: Any, steps: list[Load], expected: str) -> None:
     """The reference's values, by the verifier and by the module."""
     world.init()
     world.vcpu()
 
-    assert mrtd(steps).hex() == expected
+    assert mrtd(pages(steps)).hex() == expected
     assert load(world, steps).hex() == expected
 
 
@@ -68,30 +69,30 @@ def test_bytes_of_a_page() -> None:
         stream += kind.ljust(16, b"\0") + struct.pack("<Q", gpa) + bytes(104) + content
 
     assert len(stream) == 6272
-    assert mrtd([LaunchStep("normal", 0x7000, 4096, COUNTING)]) == hashlib.sha384(stream).digest()
+    assert mrtd(pages([Load("normal", 0x7000, 4096, COUNTING)])) == hashlib.sha384(stream).digest()
 
 
-pages = st.lists(
+IMAGES = st.lists(
     st.tuples(st.integers(0, 30), st.binary(max_size=40), st.booleans()), max_size=6, unique_by=lambda page: page[0]
 )
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(image=pages)
+@given(image=IMAGES)
 def test_module_and_verifier_agree(new_world: Any, image: list[tuple[int, bytes, bool]]) -> None:
     """Any image, in any order, measured or not."""
     world = new_world().init()
     world.vcpu()
-    steps = [LaunchStep("normal" if measured else "unmeasured", gfn << 12, 4096, data) for gfn, data, measured in image]
+    steps = [Load("normal" if measured else "unmeasured", gfn << 12, 4096, data) for gfn, data, measured in image]
 
-    assert load(world, steps) == mrtd(steps)
+    assert load(world, steps) == mrtd(pages(steps))
 
 
 def test_order_counts(new_world: Any) -> None:
     """Two pages in the other order are another image."""
-    steps = [LaunchStep("unmeasured", 0, 4096), LaunchStep("unmeasured", 0x1000, 4096)]
+    steps = [Load("unmeasured", 0, 4096), Load("unmeasured", 0x1000, 4096)]
 
-    assert mrtd(steps) != mrtd(steps[::-1])
+    assert mrtd(pages(steps)) != mrtd(pages(steps[::-1]))
 
 
 def test_failed_calls_and_tables_are_not_measured(world: Any) -> None:
@@ -129,25 +130,25 @@ def test_a_batch_of_adds_is_measured_in_order(new_world: Any) -> None:
     world.done(world.module.tdh_mem_page_add(world.tdr, run(3, 20), run(60, 20), run(100, 20)), 20)
     world.ok(world.module.tdh_mr_finalize(world.tdr))
 
-    assert world.td.mrtd == mrtd([LaunchStep("unmeasured", 3 << 12, 20 * 4096)])
+    assert world.td.mrtd == mrtd(pages([Load("unmeasured", 3 << 12, 20 * 4096)]))
 
 
 def test_through_kvm(new_vm: Any) -> None:
     """An image loaded through the hooks has the digest that the verifier expects."""
     steps = [
-        LaunchStep("normal", 0x10000, 3 * 4096, b"firmware" * 1000),
-        LaunchStep("unmeasured", 0x4000, 2 * 4096),
+        Load("normal", 0x10000, 3 * 4096, b"firmware" * 1000),
+        Load("unmeasured", 0x4000, 2 * 4096),
     ]
     vm = new_vm(launched=False)
     pfn = 1
     for step in steps:
-        contents = step.pages()
+        contents = [page for _, page, _ in pages([step])]
         batch = vm.batch(run(step.gpa >> 12, len(contents)), run(pfn, len(contents)))
         assert drain(vm.hooks.launch_update(vm, batch, contents, step.kind)) is None
         pfn += len(contents)
     drain(vm.hooks.launch_finish(vm))
 
-    assert vm.arch.launch_digest == mrtd(steps)
+    assert vm.arch.launch_digest == mrtd(pages(steps))
 
 
 # ---- firmware images ------------------------------------------------------------------------------------------
@@ -210,10 +211,10 @@ def test_firmware(table: bool) -> None:
         ("unmeasured", 0x810000, 0x2000),
         ("unmeasured", 0x809000, 0x2000),
     ]
-    assert steps[0].data == firmware.image[0x1000:0x3000]
-    assert steps[1].pages() == [firmware.image[:0x800].ljust(4096, b"\0")]
-    assert steps[3].data == b"HOB"
-    assert mrtd(steps) == mrtd(launch_steps(firmware))
+    assert steps[0].contents == firmware.image[0x1000:0x3000]
+    assert [page for _, page, _ in pages(steps[1:2])] == [firmware.image[:0x800].ljust(4096, b"\0")]
+    assert steps[3].contents == b"HOB"
+    assert mrtd(pages(steps)) == mrtd(pages(launch_steps(firmware)))
 
 
 def test_a_section_that_is_augmented_later() -> None:
