@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -48,7 +47,7 @@ def pairs() -> list[Any]:
     found = []
     for one in scenarios().values():
         for backend in (SWPROT, MIRROR):
-            mirrors = one.name in ("fault-fault", "fault-fault-table", "fault-punch", "fault-convert", "touch-convert")
+            mirrors = one.needs.name == "has_mirror" or one.name in ("fault-punch", "fault-convert", "touch-convert")
             if one.fits(backend, capabilities_of(backend)) and (backend is SWPROT or mirrors):
                 found.append(pytest.param(one, backend, id=f"{one.name}-{backend.name}"))
         for name in one.alone:
@@ -68,16 +67,16 @@ def test_scenario_holds(one: Scenario, backend: Backend) -> None:
     assert found.situations > found.ends >= 1
 
 
-@pytest.mark.parametrize(("one", "backend"), [p for p in pairs() if p.values[0].off or p.values[0].broken])
+@pytest.mark.parametrize(("one", "backend"), [p for p in pairs() if p.values[0].off])
 def test_twin_has_the_race(one: Scenario, backend: Backend) -> None:
     """With what closes it switched off the race is found, and its schedule leads to it again."""
-    make = one.broken or one.make
-    with one.off() if one.off is not None else nullcontext():
+    assert one.off is not None
+    with one.off():
         with pytest.raises(Exception) as caught:
-            explore(lambda: make(backend), interruptions=one.interruptions(capabilities_of(backend)))
-        again = sched.replay(make(backend), caught.value.schedule)  # type: ignore[attr-defined]
+            explore(lambda: one.make(backend), interruptions=one.interruptions(capabilities_of(backend)))
+        again = sched.replay(one.make(backend), caught.value.schedule)  # type: ignore[attr-defined]
 
-    assert isinstance(caught.value, InvariantViolation | AssertionError | UapiError), caught.value
+    assert isinstance(caught.value, InvariantViolation | AssertionError | UapiError | AttributeError), caught.value
     assert any(note.startswith("schedule:") for note in caught.value.__notes__)
     assert again.error is not None
     assert str(again.error).partition("\n")[0] == str(caught.value).partition("\n")[0]
@@ -110,6 +109,7 @@ def test_writer_against_punch_on_a_vendor(name: str) -> None:
 
 def test_every_race_has_a_scenario_or_a_reason() -> None:
     assert len({one.name for one in SCENARIOS}) == len(SCENARIOS) >= 20
+    assert all((one.off is not None) != bool(one.no_twin) for one in scenarios().values())
 
 
 CLOSE = (two_faults, fault_and_punch, fault_and_convert, fault_and_discard, fault_and_close, writer_and_punch)

@@ -611,8 +611,8 @@ def leaves_are_prepared(trace: Trace, event: Event) -> Wrong | None:
     if vm is None or event.gfns is None:
         return None
     gfn = array_of(heads(blocks(event.gfns, order_of(event.level)), order_of(event.level)))
-    pfn = State(vm).backing(gfn, np.ones(len(gfn), bool))
-    return _first(trace.prepared[pfn] == 0, "a private leaf was not prepared", gfn, pfn)
+    pfn = State(vm).backing(gfn, np.ones(len(gfn), bool))  # 0: taken away by now, or its file closed
+    return _first((trace.prepared[pfn] == 0) & (pfn != 0), "a private leaf was not prepared", gfn, pfn)
 
 
 # ---- 19 to 22: what calls change ------------------------------------------------------------------------------

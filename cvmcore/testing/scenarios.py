@@ -14,7 +14,7 @@ import attrs
 import numpy as np
 
 from cvmcore.backend import Backend
-from cvmcore.effects import FAULT_FREEZE, Steps
+from cvmcore.effects import FAULT_FREEZE, Steps, point
 from cvmcore.errors import InputError, PluginError
 from cvmcore.mem import fault as fault_path
 from cvmcore.mem import invalidate as invalidation
@@ -25,11 +25,12 @@ from cvmcore.pages import run
 from cvmcore.plugins import installed, load
 from cvmcore.sched import Case
 from cvmcore.testing.invariants import ALWAYS, Needs
-from cvmcore.testing.world import GFN, PAGE, STAMP, NoLock, World
+from cvmcore.testing.world import GFN, PAGE, STAMP, World
 from cvmcore.types import Capabilities, RetPf, Shutdown
 from cvmcore.vm import Vm
 
 GROUP = "cvmcore.scenarios"
+ENTRY_READ = point("entry.read")
 
 Make: TypeAlias = Callable[[Backend], Case]
 
@@ -38,8 +39,9 @@ Make: TypeAlias = Callable[[Backend], Case]
 class Scenario:
     """A race: who races, what must come out, and what closes it.
 
-    make: a fresh case. off: a context in which what closes the race is switched off, and says so in `without`;
-    broken: the case for the twin, where it is another one. needs: the capability without which there is no such race.
+    make: a fresh case. off: makes a context in which what closes the race is switched off: the twin, in which the race
+    must be found. no_twin: why there is none, where nothing can be switched off. needs: the capability without which
+    there is no such race.
     bound: interruptions, on backends that make guests accept, where both actors have so many steps then that all orders
     take minutes. alone: backends (by name) that it is for; all without.
     """
@@ -49,10 +51,10 @@ class Scenario:
     closed_by: str
     make: Make
     off: Callable[[], Any] | None = None
-    broken: Make | None = None
     needs: Needs = ALWAYS
     bound: int | None = None
     alone: tuple[str, ...] = ()
+    no_twin: str = ""
 
     def fits(self, backend: Backend, caps: Capabilities) -> bool:
         """Whether a backend can have this race."""
@@ -75,6 +77,11 @@ def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, old)
+
+
+def no_lock(*names: str) -> Callable[[], Any]:
+    """A context in which these locks of a world (`World.without`) lock nobody out."""
+    return lambda: patched(World, "without", names)
 
 
 @contextmanager
@@ -123,6 +130,21 @@ def no_freeze() -> Iterator[None]:
 
 
 @contextmanager
+def no_second_look() -> Iterator[None]:
+    """A fault writes an entry that it has read, and does not compare whether it is still the same."""
+    read = tdp.Tdp.read
+
+    def stale(self: Any, *rest: Any) -> Steps[Any]:
+        words = yield from read(self, *rest)
+        words = words if words is None else words.copy()
+        yield ENTRY_READ
+        return words
+
+    with patched(tdp.Tdp, "read", stale):
+        yield
+
+
+@contextmanager
 def no_flush() -> Iterator[None]:
     """Nobody's TLB is flushed."""
 
@@ -166,6 +188,32 @@ def no_invalid_slot() -> Iterator[None]:
         yield from invalidation.flush_slot(self, slot)
 
     with patched(Vm, "_invalidate_slot", zap):
+        yield
+
+
+@contextmanager
+def no_wait_for_notifiers() -> Iterator[None]:
+    """A notifier that ends looks for memslots again, as KVM's does, and no swap waited for it."""
+    end = invalidation.end
+
+    def looks_again(vm: Vm, ranges: list[Any]) -> Steps[None]:
+        if left := [one for one in ranges if any(slot is one[0] for slot in vm.slots)]:
+            yield from end(vm, left)
+
+    with no_lock("notifier_count")(), patched(invalidation, "end", looks_again):
+        yield
+
+
+@contextmanager
+def no_stable_bindings() -> Iterator[None]:
+    """A punch that ends looks for bindings again, as KVM's does, and nothing kept them as they were."""
+    end = invalidation.end
+
+    def looks_again(vm: Vm, ranges: list[Any]) -> Steps[None]:
+        if left := [one for one in ranges if one[0].gmem and any(bound[2] is one[0] for bound in one[0].gmem.bindings)]:
+            yield from end(vm, left)
+
+    with no_lock("invalidate_lock")(), patched(invalidation, "end", looks_again):
         yield
 
 
@@ -233,17 +281,8 @@ def two_conversions(backend: Backend) -> Case:
 
 
 def convert_and_create(backend: Backend) -> Case:
-    return _convert_and_create(World(backend, pages=1024, warm=False))
-
-
-def convert_and_create_unlocked(backend: Backend) -> Case:
-    world = World(backend, pages=1024, warm=False)
-    world.vm.slots_lock = NoLock("slots_lock", 20)
-    return _convert_and_create(world)
-
-
-def _convert_and_create(world: World) -> Case:
     """A memslot comes while its pages are converted: which blocks are mixed, it takes from the attributes."""
+    world = World(backend, pages=1024, warm=False)
     machine, region = world.machine, world.machine.regions[0]
     machine.vm.set_user_memory_region2(0, 0, 0, 0)
     machine.vm.set_user_memory_region2(1, 0, 1024 << 12, 1 << 12, region.hva)
@@ -399,10 +438,14 @@ SCENARIOS: tuple[Scenario, ...] = (
         "fault-convert-huge", "a page is converted while its neighbour is mapped large",
         "head and tail blocks are in the invalidated range", huge_fault_and_convert, no_edges, needs=LARGE_PRIVATE,
     ),
-    Scenario("convert-convert", "two conversions that overlap", "slots_lock", two_conversions, needs=PRIVATE),
+    Scenario(
+        "convert-convert", "two conversions that overlap", "slots_lock", two_conversions, needs=PRIVATE,
+        no_twin="attributes are stored in one step here, and mixed bits computed from them under mmu_lock: without "
+        "slots_lock every order ends as if one conversion came after the other",
+    ),
     Scenario(
         "convert-create", "a memslot comes while its pages are converted", "slots_lock", convert_and_create,
-        broken=convert_and_create_unlocked, needs=PRIVATE,
+        no_lock("slots_lock"), needs=PRIVATE,
     ),
     Scenario(
         "fault-fault", "two vCPUs map one gfn", "the entry is frozen while the vendor sets it", two_faults, no_freeze,
@@ -411,6 +454,10 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario(
         "fault-fault-table", "two vCPUs want the same new table", "the parent is frozen until the hook returns",
         two_faults_new_table, no_freeze, needs=MIRROR,
+    ),
+    Scenario(
+        "fault-zap", "an entry is zapped while the vendor sets it", "remove holds mmu_lock to write, install to read",
+        fault_and_convert, no_lock("mmu_lock"), needs=MIRROR,
     ),
     Scenario(
         "fault-discard", "the host takes a shared page away while it is being mapped",
@@ -433,38 +480,50 @@ SCENARIOS: tuple[Scenario, ...] = (
         fault_and_delete, no_stale_root, needs=FAST_ZAP,
     ),
     Scenario(
-        "prefault-delete", "KVM_PRE_FAULT_MEMORY against a memslot's end", "-EAGAIN", prefault_and_delete,
-        needs=PREFAULTS,
+        "prefault-delete", "KVM_PRE_FAULT_MEMORY against a memslot's end", "INVALID copy, SRCU: -EAGAIN",
+        prefault_and_delete, no_invalid_slot, needs=PREFAULTS,
     ),
     Scenario(
         "fault-close", "the last descriptor is closed under a fault", "the slot's file is cleared in the frame",
         fault_and_close, no_stale_check, needs=PRIVATE,
     ),
     Scenario(
-        "close-delete", "release against unbind", "slots_lock and the invalidate lock", close_and_delete, needs=PRIVATE
+        "close-delete", "release against unbind", "slots_lock and the invalidate lock", close_and_delete,
+        no_lock("slots_lock", "invalidate_lock"), needs=PRIVATE,
     ),
     Scenario(
         "discard-delete", "an hva invalidation straddles a memslot's end", "the swap waits for the notifier",
-        discard_and_delete, needs=SLOTS,
+        discard_and_delete, no_wait_for_notifiers, needs=SLOTS,
     ),
-    Scenario("punch-delete", "punch against unbind", "the invalidate lock", punch_and_delete, needs=PRIVATE),
     Scenario(
-        "write-write", "two vCPUs enter, fault, accept and write one page", "all of the above", two_writers,
+        "punch-delete", "punch against unbind", "the invalidate lock", punch_and_delete, no_stable_bindings,
+        needs=PRIVATE,
+    ),
+    Scenario(
+        "write-write", "two vCPUs enter, fault, accept and write one page", "all of the above",
+        two_writers, no_second_look,
         bound=2,
     ),
     Scenario(
         "write-punch", "a guest writes a page that is being punched", "all of the above", writer_and_punch,
+        no_stale_check,
         needs=PRIVATE, bound=2,
     ),
-    Scenario("fault-fault-punch", "two faults and a punch", "all of the above", three, needs=PRIVATE, bound=1),
+    Scenario(
+        "fault-fault-punch", "two faults and a punch", "all of the above", three, no_stale_check, needs=PRIVATE,
+        bound=1,
+    ),
 )  # fmt: skip
 
 NOT_MODELLED = {
     "seq bumped before in_progress drops": "the model's counters change in one step: there are no memory barriers",
     "subtree freed while others walk": "tables are arrays that nobody frees under a walker: RCU is not modelled",
+    "punch against bind": "a punch of a file that nobody is bound to opens no frame; punch-delete has the lock's race",
+    "populate against conversion and punch": "an image is loaded before anybody may fault or convert",
+    "firmware contention": "in fault-fault and tdx-split-accept, where the module answers BUSY",
     "host GUP pin against in-place conversion to private": "conversion of guest_memfd in place is not modelled",
 }
-"""Rows of KVM's table of races that have no scenario, and why."""
+"""Rows of KVM's table of races that have no scenario of their own, and why."""
 
 
 def scenarios() -> dict[str, Scenario]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from cvmcore.backend import Backend
-from cvmcore.effects import Steps
+from cvmcore.effects import Steps, drain
 from cvmcore.pages import run
 from cvmcore.sched import Case
 from cvmcore.testing.scenarios import Scenario, patched
@@ -18,7 +18,7 @@ from cvmcore_tdx.ops import Tdx
 
 
 def split_and_accept(backend: Backend) -> Case:
-    """One vCPU accepts a page in 4K that the Secure EPT has in 2M, another accepts the whole block."""
+    """One vCPU accepts a page in 4K that the Secure EPT has in 2M, pending; another accepts the whole block."""
     world = World(backend, backing="2m", pages=1024, options={"page_aug": "2m"}, warm=False)
     whole = slice(512, 1024, 512)
     small = run(600, 1)
@@ -39,7 +39,8 @@ def split_and_accept(backend: Backend) -> Case:
         assert world.machine.vcpus[1].run(action) is None
         assert action.seen is not None and int(action.seen[0]) == 7
 
-    world.machine.vcpus[0].run(Accept(run(512, 1), level=1))
+    drain(world.fault(0, run(512, 1)))
+    assert world.vm.tdp.root_for(True).level_at(600) == PG_LEVEL_2M
     return world.case({"vcpu0": accept_small, "vcpu1": accept_large}, check)
 
 
@@ -80,7 +81,7 @@ def touch_below_blocked(backend: Backend) -> Case:
 
 @contextmanager
 def no_tracking() -> Iterator[None]:
-    """BLOCK, REMOVE: no TRACK, nobody is kicked."""
+    """BLOCK, and REMOVE, DEMOTE or PROMOTE: no TRACK, nobody is kicked."""
 
     def nothing(self: Any, vm: Any, n: int) -> Steps[None]:
         yield from ()
@@ -93,7 +94,7 @@ SCENARIOS = (
     Scenario(
         "tdx-split-accept", "a page is accepted in 4K while another vCPU accepts its 2M block",
         "BLOCK, TRACK, kick, DEMOTE; SIZE_MISMATCH sends the guest back to 4K", split_and_accept,
-        bound=1, alone=("tdx",),
+        no_tracking, bound=1, alone=("tdx",),
     ),
     Scenario(
         "tdx-touch-remove", "a vCPU is inside while a page is removed", "BLOCK, TRACK, kick, then REMOVE",
@@ -101,7 +102,7 @@ SCENARIOS = (
     ),
     Scenario(
         "tdx-touch-blocked", "two vCPUs use pages below a table that is blocked to be merged",
-        "the first fault merges under mmu_lock, the second finds the large page", touch_below_blocked,
-        alone=("tdx",),
+        "BLOCK, TRACK, kick, then PROMOTE; the second fault finds the large page", touch_below_blocked,
+        no_tracking, alone=("tdx",),
     ),
 )  # fmt: skip
