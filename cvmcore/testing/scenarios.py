@@ -26,7 +26,7 @@ from cvmcore.plugins import installed, load
 from cvmcore.sched import Case
 from cvmcore.testing.invariants import ALWAYS, Needs
 from cvmcore.testing.world import GFN, PAGE, STAMP, World
-from cvmcore.types import Capabilities, RetPf, Shutdown
+from cvmcore.types import Capabilities, GuestException, RetPf, Shutdown
 from cvmcore.vm import Vm
 
 GROUP = "cvmcore.scenarios"
@@ -394,6 +394,9 @@ def writer_and_punch(backend: Backend) -> Case:
         assert punched is None
         if isinstance(left, Shutdown):
             assert world.vm.dead and world.vm.caps.unaccepted_is_fatal, left
+            return
+        if isinstance(left, GuestException):
+            assert world.vm.caps.needs_accept, left  # what came back has to be accepted again
             return
         kept = world.mapped
         if world.vm.caps.fresh_is_zero or kept:

@@ -14,6 +14,7 @@ from cvmcore.testing.scenarios import Scenario, patched
 from cvmcore.testing.world import GFN, PAGE, World
 from cvmcore.types import HostMode, HostVerdict
 from cvmcore.vcpu import Convert
+from cvmcore_pkvm.hw import BORROWED
 from cvmcore_pkvm.ops import Pkvm
 
 SECRET = 0xBEEF
@@ -38,8 +39,8 @@ def _host_reads(world: World, frame: slice, seen: list[Any]) -> Steps[Any]:
     verdict = yield from world.host.ops.call(
         "host_access", host=world.host, pfns=frame, write=False, mode=HostMode.KERNEL
     )
-    shared = int(world.host.hw.frame[frame][0]) & 3
-    seen.append((verdict, int(world.host.memory.read(frame, 0)[0]), shared))
+    state = int(world.host.hw.frame[frame][0]) & 3
+    seen.append((verdict, int(world.host.memory.read(frame, 0)[0]), state))
     return verdict
 
 
@@ -49,9 +50,9 @@ def share_and_reclaim(backend: Backend) -> Case:
     seen: list[Any] = []
 
     def check(results: list[Any]) -> None:
-        verdict, stamp, shared = seen[0]
+        verdict, stamp, state = seen[0]
         assert verdict in (HostVerdict.OK, HostVerdict.RECLAIMED), verdict
-        assert stamp != SECRET or shared, "the host has a private page with its content"
+        assert stamp != SECRET or state == BORROWED, "the host has a private page with its content"
 
     def convert() -> Steps[Any]:
         return world.machine.vcpus[0].run.steps(Convert(PAGE, private=False))
