@@ -14,11 +14,12 @@ from cvmcore.testing.scenarios import Scenario, patched
 from cvmcore.testing.world import GFN, PAGE, World
 from cvmcore.types import HostMode, HostVerdict
 from cvmcore.vcpu import Convert
-from cvmcore_pkvm.hw import BORROWED
 from cvmcore_pkvm.ops import Pkvm
 
 SECRET = 0xBEEF
 HOST_READS = point("host.reads")
+BORROWED = 2
+"""PKVM_PAGE_SHARED_BORROWED: what EL2 says of the host and a frame that a guest shares with it."""
 
 
 def _world(backend: Backend) -> tuple[World, slice]:
