@@ -162,14 +162,18 @@ def _functions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.AST]]
 
 
 def _names_passed(function: ast.AST) -> Iterator[str]:
-    """String constants that a function passes in calls; a mere question (`has`) is no call of the hook."""
+    """String constants that a function passes in calls; to ask whether there is a hook, or was a call, is no call."""
     for node in ast.walk(function):
-        if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Attribute) and node.func.attr == "has"):
+        if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Attribute) and node.func.attr in _ASKS):
             for argument in node.args:
                 choices = [argument.body, argument.orelse] if isinstance(argument, ast.IfExp) else [argument]
                 for value in choices:
                     if isinstance(value, ast.Constant) and isinstance(value.value, str):
                         yield value.value
+
+
+_ASKS = frozenset({"has", "hooks"})
+"""Methods that ask: of the host's hooks, and of what a step called (`Step.hooks`)."""
 
 
 def callers() -> dict[str, list[str]]:

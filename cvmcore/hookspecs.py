@@ -100,7 +100,10 @@ def capabilities(vm_type: str, options: dict[str, Any]) -> Capabilities:
 def vm_init(vm: VmView) -> None:
     """A VM is made: take an ASID or HKID, create its trusted object, set `vm.key` and `vm.arch`.
 
-    On error: UapiError; the VM is not made, and the hook has left nothing behind.
+    `vm.key` tells whose content a frame holds: 0, or a number that no other VM has meanwhile. Two VMs fit at a time.
+
+    On error: UapiError, where the machine has no room for another EBUSY, ENOSPC, ENOMEM or EIO; the VM is not made,
+    and the hook has left nothing behind.
     """
 
 
@@ -130,7 +133,10 @@ def vm_pre_destroy(vm: VmView) -> None:
 
 @_hook("total", "-", "kvm_x86_ops.vm_destroy")
 def vm_destroy(vm: VmView) -> None:
-    """Tables are freed: free what is left of the VM in the trusted hardware. What cannot be freed is leaked."""
+    """Tables are freed: free what is left of the VM in the trusted hardware, its key and number, too.
+
+    What cannot be freed is leaked.
+    """
 
 
 # ---- vCPUs ----------------------------------------------------------------------------------------------------
@@ -188,7 +194,7 @@ def memslot_free(vm: VmView, slot: SlotView) -> None:
 def memory_encrypt_op(vm: VmView, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """A vendor command under its own name (KVM_SEV_*, KVM_TDX_*). Returns what the kernel writes back.
 
-    Without an implementation the core answers -ENOTTY.
+    Without an implementation the core answers -ENOTTY. Commands that the backend does not know are refused.
 
     On error: UapiError; its errno is the ioctl's, and nothing has changed unless the vendor's ioctl changes it.
     """
@@ -198,9 +204,10 @@ def memory_encrypt_op(vm: VmView, command: str, arguments: dict[str, Any]) -> di
 def register_region(vm: VmView, hva: int, size_bytes: int) -> None:
     """KVM_MEMORY_ENCRYPT_REG_REGION: user space names encrypted memory.
 
-    Without an implementation the core answers -ENOTTY.
+    Without an implementation the core answers -ENOTTY. Each page counts against RLIMIT_MEMLOCK (`vm.charge_memlock`),
+    again where regions overlap: they may, and are taken back one by one.
 
-    On error: UapiError; nothing is registered, pinned or accounted.
+    On error: UapiError, also for a size of 0 or more than may be locked; nothing is registered, pinned or accounted.
     """
 
 
@@ -223,7 +230,8 @@ def launch_update(vm: VmView, batch: Batch, contents: list[bytes], kind: str) ->
 
     `kind` is "normal", "zero", "unmeasured", "secrets", "cpuid" or "vmsa"; a backend refuses kinds it has no notion
     of. Order counts: digests are order dependent. Frames are allocated (gmem or hva), attributes are private where
-    the VM type has them; nothing is mapped yet (`vm.map_private` maps).
+    the VM type has them; nothing is mapped yet (`vm.map_private` maps). A page that is loaded again is refused, or
+    holds what came last. A backend with `launch_finish` refuses all that comes after it.
 
     On error: Stopped; pages below `done` stay loaded and the call returns their number. Where `done` is 0 the call
     fails with the errno of Fatal, EBUSY for Retry.

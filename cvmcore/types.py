@@ -310,7 +310,8 @@ class Capabilities:
     needs_pin: bool = False
     """Frames behind guest pages are pinned for the long term by the backend's pin_pfn."""
     needs_accept: bool = False
-    """The guest must accept (validate) a private page before it can use it."""
+    """The guest must accept (validate) a private page before it can use it: first, after a hole, and after a conversion
+    there and back of which the backend hears (`has_mirror`, or the hook guest_convert)."""
     accepts_eagerly: bool = False
     """Guests accept all of their memory when they start, not each page before they first use it."""
     fault_tells_accept_level: bool = False
@@ -342,7 +343,9 @@ class Capabilities:
     fresh_is_zero: bool = True
     """A private page that the guest never wrote reads as zeros (else as noise)."""
     confidential: bool = False
-    """Neither the host nor another VM can read private content."""
+    """Neither the host nor another VM can read private content, nor what is left of it in a frame that was given back.
+    A write by the host is refused or ends the guest's use of the page; where it `encrypts` and `converts_in_place`, the
+    guest may find noise instead."""
     encrypts: bool = False
     """Private content is encrypted with the VM's key: a foreign read sees noise rather than content."""
     promotes: bool = False
