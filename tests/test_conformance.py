@@ -12,7 +12,7 @@ import pytest
 from cvmcore.backend import Backend
 from cvmcore.backends.swprot import SWPROT, SwProt
 from cvmcore.cli import main
-from cvmcore.hookspecs import hookimpl
+from cvmcore.hookspecs import HOOKS, hookimpl
 from cvmcore.testing.conformance import CHECKS, Setting, conformance, run_check, settings_of
 from cvmcore.testing.machine import run_machine
 from cvmcore.types import Capabilities, Fatal, InstallResult, Stopped
@@ -50,6 +50,17 @@ def test_capabilities_are_the_only_reason_to_skip() -> None:
         if not check.needs(Capabilities()):
             outcome = run_check(check, attrs.evolve(SWPROT, make=Bare), Setting())
             assert (outcome.status, outcome.why) == ("skipped", f"needs {check.needs.name}")
+
+
+def test_a_check_of_a_hook_that_is_left_out_is_listed() -> None:
+    """Not told as passed: what no capability tells of is skipped by the hook's name."""
+    about = {check.name: check for check in CHECKS if check.hook}
+    assert about.keys() == {"hooks.regions", "hooks.prepare_again"}
+
+    for check in about.values():
+        assert check.hook in HOOKS
+        outcome = run_check(check, SWPROT, Setting())
+        assert (outcome.status, outcome.why) == ("skipped", f"needs the hook {check.hook}")
 
 
 class Bare:
