@@ -7,6 +7,8 @@ walked (TLB, page tables, trusted hardware), what misses is faulted in, and only
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -18,7 +20,7 @@ from cvmcore.errors import InvariantViolation, UapiError
 from cvmcore.mem.fault import MAPPED, Fault, resolve
 from cvmcore.mem.mmulock import drop
 from cvmcore.mem.mmulock import write as lock_write
-from cvmcore.mem.tdp import TableCache
+from cvmcore.mem.tdp import TABLE, TableCache
 from cvmcore.pages import (
     EMPTY,
     IntArray,
@@ -419,7 +421,7 @@ class Vcpu:
 
     def _accept(self, action: Accept) -> Steps[ExitReason | None]:
         todo = part(action.gfns, action.done, count(action.gfns))
-        for low, high in pieces(todo):
+        for low, high in self._accepted_together(todo, action.level):
             leave = yield from self._accept_pages(part(todo, low, high), action.level)
             if leave is not None:
                 # What was accepted before stays accepted; the caller retries the piece's rest.
@@ -428,6 +430,33 @@ class Vcpu:
                 return leave
             action.done += high - low
         return None
+
+    def _accepted_together(self, gfns: Sel, level: int) -> Iterator[tuple[int, int]]:
+        """Positions [low, high) of pages that are accepted in one go. Blocks that will be accepted in 4K go one by one:
+        where such a block stops half way, one behind it must not have been faulted in or tried."""
+        for low, high in pieces(gfns):
+            if level == PG_LEVEL_4K or high - low == 1:
+                yield low, high
+                continue
+            alone = self._falls_back(part(gfns, low, high), level)
+            cuts = [0, *(np.flatnonzero(alone[1:] | alone[:-1]) + 1).tolist(), high - low]
+            for start, stop in pairwise(cuts):
+                yield low + start, low + stop
+
+    def _falls_back(self, gfns: Sel, level: int) -> npt.NDArray[np.bool_]:
+        """Which blocks cannot be mapped at `level`, or are mapped small already."""
+        vm, order = self.vm, order_of(level)
+        n = count(gfns)
+        if vm.host.backing_level < level:
+            return np.ones(n, bool)
+        small = np.zeros(n, bool)
+        if vm.caps.private_by_attribute:
+            small |= (vm.attributes.of(expand(gfns, order)).reshape(n, -1) == 0).any(axis=1)
+        entries = vm.tdp.root_for(True).entries[level]
+        block = array_of(gfns) >> order
+        inside = block < len(entries)
+        small[inside] |= (entries[block[inside]] & np.uint32(TABLE)) != 0
+        return small
 
     def _accept_pages(self, gfns: Sel, level: int) -> Steps[ExitReason | None]:
         """Accept until all pages are; `self._pending` holds what was left where it had to stop."""

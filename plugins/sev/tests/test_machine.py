@@ -68,6 +68,34 @@ def test_a_guest_that_falls_back_to_4k_stops_there_and_touches_no_later_block():
     assert [i for i, v in enumerate(validated) if v] == [0, 519]
 
 
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["batch", "one by one"])
+def test_a_2m_accept_on_4k_entries_falls_back_and_stops_at_the_shared_page(one_by_one):
+    """SIZEMISMATCH (code 6) of the block, then 4K by 4K; no block behind the shared page is tried."""
+    m = machine("snp", backing="4k")
+    m.vm.set_memory_attributes(5 << 12, 1 << 12, 0)
+    for gfns in [run(0, 1, 512), run(512, 1, 512)] if one_by_one else [run(0, 2, 512)]:
+        leave = accept(m, gfns, level=2)
+        if leave is not None:
+            break
+    assert isinstance(leave, MemoryFault) and (leave.gfn, leave.private) == (5, True)
+    assert m.host.meter.ops["PVALIDATE"] == 1 + 5
+    assert m.frames_of(run(512, 1)).tolist() == [0]
+
+
+def test_a_2m_accept_of_a_2m_entry_is_one_pvalidate_whatever_the_attributes_say():
+    """The RMP is what is: prepared as 2M while unassigned, the block is validated at once, with the page in it that the
+    VMM has as shared and the nested table therefore maps small. An access then faults (SIZEM) and smashes it."""
+    m = machine("snp", backing="2m")
+    m.vm.set_memory_attributes(5 << 12, 1 << 12, 0)
+    assert accept(m, run(0, 1, 512), level=2) is None
+    ops = m.host.meter.ops
+    assert (ops["PVALIDATE"], ops.get("PSMASH")) == (1, None)
+    assert m.vcpus[0].run(Touch(run(6, 1), write=True, stamps=7)) is None
+    assert (ops["PVALIDATE"], ops.get("PSMASH")) == (1, 1)
+    leave = m.vcpus[0].run(Touch(run(5, 1), write=True, stamps=8))
+    assert isinstance(leave, MemoryFault) and leave.gfn == 5
+
+
 # ---- unpinned encrypted pages ----------------------------------------------------------------------------------------
 
 
