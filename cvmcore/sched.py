@@ -467,6 +467,14 @@ def explore(make: Callable[[], Case], *, limit: int | None = None, interruptions
     return _Search(make, interruptions).run(limit)
 
 
+def seek(make: Callable[[], Case]) -> Explored:
+    """`explore`, with the orders first that interrupt no actor, one, and two: a race that is there shows in the one
+    that is easiest to read, and soon (iterative context bounding, Musuvathi and Qadeer 2007)."""
+    for interruptions in range(3):
+        explore(make, interruptions=interruptions)
+    return explore(make)
+
+
 class _Search:
     """A depth-first search: the path of choices that is tried, and what is known from the paths before it."""
 

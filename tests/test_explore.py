@@ -61,7 +61,7 @@ def pairs() -> list[Any]:
 @pytest.mark.parametrize(("one", "backend"), pairs())
 def test_scenario_holds(one: Scenario, backend: Backend) -> None:
     """No order breaks anything."""
-    found = explore(lambda: one.make(backend), interruptions=one.interruptions(capabilities_of(backend)))
+    found = explore(lambda: one.make(backend))
 
     assert found.schedules > 1
     assert found.situations > found.ends >= 1
@@ -73,7 +73,7 @@ def test_twin_has_the_race(one: Scenario, backend: Backend) -> None:
     assert one.off is not None
     with one.off():
         with pytest.raises(Exception) as caught:
-            explore(lambda: one.make(backend), interruptions=one.interruptions(capabilities_of(backend)))
+            sched.seek(lambda: one.make(backend))
         again = sched.replay(one.make(backend), caught.value.schedule)  # type: ignore[attr-defined]
 
     assert isinstance(caught.value, InvariantViolation | AssertionError | UapiError | AttributeError), caught.value

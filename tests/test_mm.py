@@ -333,7 +333,7 @@ def test_backing_of_the_host_is_backing_of_the_process() -> None:
     assert process.host.frames.in_use == 512
 
 
-@pytest.mark.assumes(honours_notifiers=True)
+@pytest.mark.assumes(honours_notifiers=True, confidential=False)
 def test_two_vms_share_an_address_space() -> None:
     """Each is told of what happens to it, one inside the other; both refault."""
     box = Box(DEFAULT, 16)

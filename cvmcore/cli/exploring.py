@@ -91,9 +91,9 @@ def explore(
             played = sched.at_random(make, at_random, seed)
             figures = {"schedules": at_random}
         else:
-            bound = chosen.interruptions(caps) if interruptions is None else interruptions
             try:
-                found = sched.explore(make, interruptions=bound)
+                seeks = off and interruptions is None
+                found = sched.seek(make) if seeks else sched.explore(make, interruptions=interruptions)
                 figures = {
                     "schedules": found.schedules, "given_up": found.pruned, "situations": found.situations,
                     "ends": found.ends, "steps": found.steps,

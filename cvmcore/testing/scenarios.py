@@ -41,9 +41,7 @@ class Scenario:
 
     make: a fresh case. off: makes a context in which what closes the race is switched off: the twin, in which the race
     must be found. no_twin: why there is none, where nothing can be switched off. needs: the capability without which
-    there is no such race.
-    bound: interruptions, on backends that make guests accept, where both actors have so many steps then that all orders
-    take minutes. alone: backends (by name) that it is for; all without.
+    there is no such race. alone: backends (by name) that it is for; all without.
     """
 
     name: str
@@ -52,17 +50,12 @@ class Scenario:
     make: Make
     off: Callable[[], Any] | None = None
     needs: Needs = ALWAYS
-    bound: int | None = None
     alone: tuple[str, ...] = ()
     no_twin: str = ""
 
     def fits(self, backend: Backend, caps: Capabilities) -> bool:
         """Whether a backend can have this race."""
         return self.needs(caps) and (not self.alone or backend.name in self.alone)
-
-    def interruptions(self, caps: Capabilities) -> int | None:
-        """How many interruptions are tried on such a backend; None for all orders."""
-        return self.bound if caps.needs_accept else None
 
 
 # ---- switching protocols off ------------------------------------------------------------------------------------
@@ -505,16 +498,14 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario(
         "write-write", "two vCPUs enter, fault, accept and write one page", "all of the above",
         two_writers, no_second_look,
-        bound=2,
     ),
     Scenario(
         "write-punch", "a guest writes a page that is being punched", "all of the above", writer_and_punch,
         no_stale_check,
-        needs=PRIVATE, bound=2,
+        needs=PRIVATE,
     ),
     Scenario(
         "fault-fault-punch", "two faults and a punch", "all of the above", three, no_stale_check, needs=PRIVATE,
-        bound=1,
     ),
 )  # fmt: skip
 
