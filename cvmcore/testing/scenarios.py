@@ -514,7 +514,7 @@ NOT_MODELLED = {
     "subtree freed while others walk": "tables are arrays that nobody frees under a walker: RCU is not modelled",
     "punch against bind": "a punch of a file that nobody is bound to opens no frame; punch-delete has the lock's race",
     "populate against conversion and punch": "an image is loaded before anybody may fault or convert",
-    "firmware contention": "in fault-fault and tdx-split-accept, where the module answers BUSY",
+    "firmware contention": "in fault-fault, where a trusted party may answer busy, and in scenarios of vendors",
     "host GUP pin against in-place conversion to private": "conversion of guest_memfd in place is not modelled",
 }
 """Rows of KVM's table of races that have no scenario of their own, and why."""
