@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from cvmcore.errors import InputError, UapiError, errno_name
+from cvmcore.hookspecs import HOOKS
 from cvmcore.host import Host
 from cvmcore.mem.gmem import UPTODATE, GmemFile
 from cvmcore.memory import ZERO
+from cvmcore.observers import FaultInjector
 from cvmcore.pages import array_of, as_sel
 from cvmcore.plugins import load_backend
 from cvmcore.runner import load_profile_for
@@ -20,12 +22,15 @@ from cvmcore.types import (
     GUEST_MEMFD_FLAG_MMAP,
     PAGE_BYTES,
     ExitReason,
+    Fatal,
     GuestException,
     HostVerdict,
     MapGpaRange,
     MemoryFault,
     Mmio,
+    Retry,
     Shutdown,
+    Stopped,
 )
 from cvmcore.uapi import Accept, Convert, Process, Touch, VcpuFd, VmFd
 from cvmcore.uapiscript import Answer, runs_of
@@ -69,6 +74,7 @@ class ModelFront:
         """What is behind each descriptor."""
         self.holders: Counter[VmFd] = Counter()
         """Descriptors of each VM and of its vCPUs."""
+        self._failing: FaultInjector | None = None
 
     def call(self, op: str, arguments: dict[str, Any]) -> Answer:
         """Do one call on the model (`cvmcore.uapiscript.Front`)."""
@@ -296,6 +302,15 @@ class ModelFront:
         if isinstance(what, VmFd):
             return {"stats": {"pages": sum(f.inode.allocated for f in what.vm.gmem_files)}}
         raise UapiError(errno.ENOTTY, "KVM_GET_STATS_FD", f"descriptor {fd} is a file's")
+
+    def _fail_next(self, hook: str, error: int) -> None:
+        answer: object = UapiError(error, hook, "told to") if error else None
+        if hook and HOOKS[hook].kind == "install":
+            answer = Stopped(0, Fatal(error) if error else Retry())
+        if self._failing is None:
+            self._failing = FaultInjector("", 1, None)
+            self.host.ops.observe(self._failing)
+        self._failing.hook, self._failing.seen, self._failing.answer = hook, 0, answer
 
     # ---- files ------------------------------------------------------------------------------------------------
 

@@ -16,12 +16,14 @@ A `Script` is the calls by name; it turns names into numbers and hands each call
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
 
 from cvmcore.errors import InputError
+from cvmcore.hookspecs import HOOKS
 from cvmcore.script import Operation, located, perform, read
 
 Answer: TypeAlias = dict[str, Any]
@@ -247,6 +249,17 @@ class Script:
         """KVM_RUN while the guest converts pages to private or shared: pages `done`, and the `exit` that asks user
         space, after which the script sets the attributes and lets the guest convert what is left. The model only."""
         return self._do("guest_convert", vcpu=self._fd(vcpu), gfns=self._pages(gpa, pages, gfns), private=private)
+
+    def fail_next(self, hook: str, error: str = "") -> Answer:
+        """The next call of a vendor hook fails before it did anything: with an errno by name, or, of hooks that install
+        pages, so that it is tried again. An empty name takes back what did not strike yet. The model only."""
+        info = HOOKS.get(hook)
+        if hook and (info is None or info.kind not in ("install", "call")):
+            raise InputError(f"fail_next: '{hook[:40]}' is no hook that may fail")
+        code = getattr(errno, error, None) if error in errno.errorcode.values() else None
+        if hook and code is None and (error or info is None or info.kind == "call"):
+            raise InputError(f"fail_next: '{error[:40]}' is no errno, as {hook} needs one")
+        return self._do("fail_next", hook=hook, error=code or 0)
 
     def stats(self, fd: Fd = "vcpu") -> Answer:
         """KVM_GET_STATS_FD of a VM or a vCPU: `stats` by name. They differ between kernels and are not compared."""

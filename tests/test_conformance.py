@@ -14,7 +14,7 @@ from cvmcore.backends.swprot import SWPROT, SwProt
 from cvmcore.cli import main
 from cvmcore.hookspecs import HOOKS, hookimpl
 from cvmcore.testing.conformance import CHECKS, Setting, conformance, run_check, settings_of
-from cvmcore.testing.machine import run_machine
+from cvmcore.testing.machine import run_machine, uapi_machine
 from cvmcore.types import Capabilities, Fatal, InstallResult, Stopped
 
 test_default = conformance("default")
@@ -93,6 +93,20 @@ def test_a_failing_run_of_the_machine_can_be_played_again(tmp_path: Path, capsys
     assert main(["uapi", str(path), "--backend", "swprot", "--check"]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(answers) == sum(not line.startswith("#") for line in script)
+
+
+def test_hooks_that_the_machine_lets_fail_are_lines_of_its_script() -> None:
+    """Armed, taken back where it did not strike, and not taken back twice."""
+    machine = uapi_machine(SWPROT)()
+    told = len(machine.recorder.lines)
+    for hook in ("memslot_prepare", "", "", "pin_pfn"):
+        machine.aim(hook)
+
+    assert [json.loads(line) for line in machine.recorder.lines[told:]] == [
+        {"op": "fail_next", "hook": "memslot_prepare", "error": "ENOMEM"},
+        {"op": "fail_next", "hook": ""},
+        {"op": "fail_next", "hook": "pin_pfn"},
+    ]
 
 
 def test_check_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -276,6 +276,9 @@ def test_memory_of_the_vmm() -> None:
     ({"op": "pre_fault_memory", "gpa": 1 << 64, "size": 1, "vcpu": -1}, "gpa: 18446744073709551616 has more than 64"),
     ({"op": "get_dirty_log", "slot": 1 << 32}, "slot: 4294967296 has more than 32 bits"),
     ({"op": "fallocate", "fd": -1, "size": 1 << 63}, "size: 9223372036854775808 has more than 63 bits"),
+    ({"op": "fail_next", "hook": "vm_destroy"}, "'vm_destroy' is no hook that may fail"),
+    ({"op": "fail_next", "hook": "vm_init"}, "'' is no errno, as vm_init needs one"),
+    ({"op": "fail_next", "hook": "topup", "error": "EWRONG"}, "'EWRONG' is no errno"),
     ({"op": "play"}, "there is no operation 'play' here"),
 ])  # fmt: skip
 def test_bad_lines_are_named(line: dict[str, Any], why: str) -> None:
@@ -284,6 +287,30 @@ def test_bad_lines_are_named(line: dict[str, Any], why: str) -> None:
 
     assert str(caught.value).startswith("here:2: ")
     assert why in str(caught.value)
+
+
+def test_the_next_call_of_a_hook_fails() -> None:
+    """Once, with an errno or so that it is tried again; and what did not strike yet can be taken back."""
+    lines = [
+        {"op": "create_vm"},
+        {"op": "mmap", "size": "64K", "name": "m"},
+        {"op": "create_guest_memfd", "size": "64K", "name": "f"},
+        {"op": "set_user_memory_region2", "slot": 0, "flags": 4, "gpa": 0, "size": "64K", "hva": "m", "fd": "f"},
+        {"op": "set_memory_attributes", "gpa": 0, "size": "64K", "attributes": 8},
+        {"op": "create_vcpu"},
+        {"op": "launch_finish"},
+        {"op": "fail_next", "hook": "gmem_prepare", "error": "EIO"},
+        {"op": "guest_accept", "pages": 4},
+        {"op": "guest_accept", "pages": 4},
+        {"op": "fail_next", "hook": "gmem_prepare"},
+        {"op": "guest_accept", "gpa": "0x8000"},
+        {"op": "fail_next", "hook": "memslot_prepare", "error": "ENOMEM"},
+        {"op": "fail_next", "hook": ""},
+        {"op": "set_user_memory_region2", "slot": 0, "flags": 0, "gpa": 0, "size": 0},
+    ]
+    found, _ = played(lines, "snp")
+    assert [answer["status"] for answer in found[8:]] == ["EIO", "OK", "OK", "EAGAIN", "OK", "OK", "OK"]
+    assert (found[8]["exit"]["reason"], found[9]["done"]) == ("MEMORY_FAULT", 4)
 
 
 def test_fields_of_a_vendors_structure() -> None:

@@ -318,8 +318,15 @@ class UapiMachine(RuleBasedStateMachine):
     def inject(self, pick: int) -> None:
         """The next call of a hook fails."""
         hooks = [hook for hook in sorted(INJECTED) if self.host.ops.has(hook)]
-        self.injector.aim(hooks[pick % len(hooks)])
-        self.recorder.note(f"the next call of the hook {self.injector.hook} fails")
+        self.aim(hooks[pick % len(hooks)])
+
+    def aim(self, hook: str) -> None:
+        """The next call of this hook fails; of none where it is empty."""
+        if hook or (self.injector.hook and not self.injector.fired):
+            answer = INJECTED[hook]() if hook else None
+            reason = answer.reason if isinstance(answer, Stopped) else answer
+            self.recorder.fail_next(hook, getattr(reason, "errno", 0))
+        self.injector.aim(hook)
 
     @invariant()
     def content_is_intact(self) -> None:
@@ -846,7 +853,7 @@ class UapiMachine(RuleBasedStateMachine):
         """The guest converts pages to the other kind, and the VMM does what it asks."""
         if self.vm.dead:
             return
-        self.injector.aim("")
+        self.aim("")
         gfns = [g for g in gfns if self.kind_of(g) != private and self.trouble(g, not private, False) is None]
         gfns = [g for g in gfns if (slot := self.slot_at(g)) is not None and (self.in_place or slot.file is not None)]
         if self.caps.needs_accept and not private:
@@ -957,7 +964,7 @@ class UapiMachine(RuleBasedStateMachine):
         """Everything that the guest wrote is read back; then the process ends and nothing is left."""
         if sys.exc_info()[0] is not None:
             return  # a step failed: what it says is what matters
-        self.injector.aim("")
+        self.aim("")
         if not self.vm.dead:
             for private in (False, True):
                 known = [

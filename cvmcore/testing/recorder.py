@@ -1,11 +1,11 @@
 """Writes down what a test does through the UAPI, as a script that `cvm uapi FILE --backend B --check` plays again.
 
 `Recorder.of(process)` stands in for a `Process`: the VMs, vCPUs and files that come out of it are recorded as well.
-What a script cannot say (an injected failure) becomes a comment.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from typing import Any
@@ -31,9 +31,10 @@ class Recorder:
         """The process, recorded."""
         return _Recorded(process, self, "")
 
-    def note(self, text: str) -> None:
-        """A comment."""
-        self.lines.append(f"# {text}")
+    def fail_next(self, hook: str, error: int = 0) -> None:
+        """The next call of a hook fails, with an errno or to be tried again; of no hook, where it is empty."""
+        name = {"error": errno.errorcode[error]} if error else {}
+        self.lines.append(json.dumps({"op": "fail_next", "hook": hook, **name}))
 
     # ---- names ------------------------------------------------------------------------------------------------
 
