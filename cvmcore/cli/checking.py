@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,10 @@ from cvmcore.errors import InputError
 
 if TYPE_CHECKING:
     from cvmcore.testing.conformance import Outcome
+
+
+SHOWN = 4
+"""How many checks that fail alike are named."""
 
 
 def check(
@@ -51,7 +56,9 @@ def check(
     with Bar(name) as bar:
         for i, (one, setting) in enumerate(asked):
             bar(i, len(asked), f"{one.name} {setting}")
-            outcomes.append(run_check(one, backend, setting, effort=effort))
+            # Shrinking random calls takes minutes, and tells nothing where a check of a few calls has failed before.
+            shrink = script is not None or all(outcome.status != "failed" for outcome in outcomes)
+            outcomes.append(run_check(one, backend, setting, effort=effort, shrink=shrink))
             if stop and outcomes[-1].status == "failed":
                 break
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
@@ -64,6 +71,8 @@ def check(
     else:
         _show(outcomes)
     if failed:
+        if written and script is None and not as_json:
+            typer.echo(f"the calls that lead to it, for `cvm uapi`: cvm check {name} -k machine -x --script OUT")
         complain(f"{name} fails {len(failed)} of {len(outcomes)} checks")
         return WRONG
     return 0
@@ -74,6 +83,17 @@ def _row(outcome: Outcome) -> dict[str, object]:
         "check": outcome.check.name, "asks": outcome.check.text, "setting": str(outcome.setting),
         "status": outcome.status, "why": outcome.why, "seconds": round(outcome.seconds, 3),
     }  # fmt: skip
+
+
+def _by_reason(outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
+    """What failed, in the order of the checks, by what the first one said: which page it was about is left aside."""
+    found: dict[str, list[Outcome]] = {}
+    whys: dict[str, str] = {}
+    for outcome in outcomes:
+        if outcome.status == "failed":
+            alike = re.sub(r"0x[0-9a-f]+|(?<=gfn )\d+", "#", outcome.why)
+            found.setdefault(whys.setdefault(alike, outcome.why), []).append(outcome)
+    return found
 
 
 def _show(outcomes: list[Outcome]) -> None:
@@ -88,9 +108,11 @@ def _show(outcomes: list[Outcome]) -> None:
     skipped = {(o.check.name, o.why) for o in outcomes if o.status == "skipped"}
     for name, why in sorted(skipped):
         typer.echo(f"skipped {name}: {why}")
-    for outcome in outcomes:
-        if outcome.status == "failed":
-            typer.echo(f"FAILED {outcome.check.name} [{outcome.setting}]: {outcome.why}")
+    for why, mine in _by_reason(outcomes).items():
+        first, *more = [f"{outcome.check.name} [{outcome.setting}]" for outcome in mine]
+        typer.echo(f"FAILED {first}: {why}")
+        if more:
+            typer.echo(f"  so do {len(more)} more: {', '.join(more[:SHOWN])}{', ...' if len(more) > SHOWN else ''}")
     n = Counter(outcome.status for outcome in outcomes)
     seconds = sum(outcome.seconds for outcome in outcomes)
     typer.echo(f"{n['passed']} passed, {n['failed']} failed, {n['skipped']} skipped in {seconds:.1f} s")

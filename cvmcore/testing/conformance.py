@@ -17,6 +17,7 @@ each other choice of each of its options.
 from __future__ import annotations
 
 import errno
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
@@ -1315,6 +1316,10 @@ def run_check(one: Check, backend: Backend, setting: Setting, *, effort: int = 1
     return Outcome(one, setting, "passed", "", time.process_time() - start)
 
 
+MADE_UP = ("Failing test case", "Falsifying example")
+"""How hypothesis begins its account of the random calls that failed: a page, for a traceback, not for a line."""
+
+
 def explained(error: BaseException) -> str:
     """What is wrong, in a line or a few."""
     if isinstance(error, InvariantViolation):
@@ -1323,7 +1328,8 @@ def explained(error: BaseException) -> str:
         text = str(error) or _line_of(error)
     else:
         text = f"{type(error).__name__}: {error}"
-    notes = " ".join(note for note in getattr(error, "__notes__", []) if len(note) < 200)
+    said = itertools.takewhile(lambda note: not note.startswith(MADE_UP), getattr(error, "__notes__", []))
+    notes = " ".join(note for note in said if len(note) < 200)
     return " ".join(f"{text} {notes}".split())
 
 
@@ -1348,6 +1354,7 @@ def conformance(
 
     backend = load_backend(name) if isinstance(name, str) else name
     known = known_failures or {}
+    failed: list[str] = []
     found = [
         pytest.param(
             one, setting, id=f"{one.name}[{setting}]",
@@ -1358,10 +1365,12 @@ def conformance(
 
     @pytest.mark.parametrize(("check", "setting"), found)
     def test_conformance(check: Check, setting: Setting) -> None:
-        outcome = run_check(check, backend, setting)
+        outcome = run_check(check, backend, setting, shrink=not failed)
         if outcome.status == "skipped":
             pytest.skip(outcome.why)
         if outcome.error is not None:
+            if check.name not in known:
+                failed.append(check.name)
             raise outcome.error
 
     return test_conformance
