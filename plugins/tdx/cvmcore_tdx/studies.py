@@ -341,7 +341,6 @@ def draw(findings: Findings, figure: Any) -> None:
         below.bar(names, [row["thread"] for row in rows], bottom=[max(0, row["stall"]) for row in rows], label="thread")
         below.set_title("cost beyond none, ms", fontsize=9)
         below.legend(fontsize=7)
-    figure.tight_layout()
 
 
 HUGEPAGES = Study(
@@ -544,7 +543,6 @@ def draw_walks(findings: Findings, figure: Any) -> None:
     axis.set_yscale("log")
     axis.set_title("time of a fault, us", fontsize=9)
     axis.legend(fontsize=8)
-    figure.tight_layout()
 
 
 MIRROR = Study(
