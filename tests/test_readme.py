@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import doctest
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,22 @@ def test_examples() -> None:
 
     assert tried
     assert not failed
+
+
+def test_the_demo_prints_the_table() -> None:
+    """All of it but the seconds that it took here."""
+    for plugin in ("cvmcore_sev", "cvmcore_tdx", "cvmcore_pkvm"):
+        pytest.importorskip(plugin)
+    text = README.read_text(encoding="utf-8")
+    shown = text[text.index("```\ntrace\n") + len("```\n") : text.index("```\n\nThe program is")]
+    command = [sys.executable, "-m", "cvmcore.cli", "compare", "trace", "--backends", "swprot,sev,snp,tdx,pkvm"]
+    done = subprocess.run(command, env=os.environ | {"COLUMNS": "140"}, capture_output=True, text=True, check=True)
+
+    assert _but_seconds(shown) == _but_seconds(done.stdout)
+
+
+def _but_seconds(table: str) -> list[str]:
+    return [line.rstrip() for line in table.splitlines() if not line.startswith("real seconds")]
 
 
 def test_the_map_names_what_exists() -> None:
