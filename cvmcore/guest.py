@@ -411,7 +411,7 @@ class Machine:
         yield from self.process.exit.steps()
 
     def leftovers(self) -> list[str]:
-        """After `destroy`: frames that are still in use, pinned or owned, and are not listed as leaked."""
+        """After `destroy`: frames that are still in use or pinned, and are not listed as leaked."""
         frames = self.host.frames
         wrong = [f"{n} frames are still {use.name}" for use, n in frames.outstanding().items() if use.name != "META"]
         if frames.pins_held:
