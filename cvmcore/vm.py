@@ -41,6 +41,7 @@ from cvmcore.types import (
     Capabilities,
     Change,
     Filter,
+    Retry,
     order_of,
 )
 
@@ -411,25 +412,27 @@ class Vm:
 
     def map_private(self, batch: Batch) -> Steps[None]:
         """kvm_tdp_mmu_map_private_pfn: map image pages, level 4K, before the VM runs. Anything but success is
-        UapiError(EIO)."""
+        UapiError: EBUSY where the vendor asks for another try, else EIO."""
         root = self.tdp.root_for(True)
         tables = TableCache(self.host.frames)
         if root.mirror:
             tables.topup_walk(root, batch.gfns)
         locks = self.mmu_lock.covering(batch.gfns)
         yield from read(locks)
-        linked, _ = yield from self.tdp.link_tables(root, PG_LEVEL_4K, batch.gfns, tables)
+        linked, reason = yield from self.tdp.link_tables(root, PG_LEVEL_4K, batch.gfns, tables)
         free = linked == len(batch) and not np.count_nonzero(take(root.entries[PG_LEVEL_4K], batch.blocks))
         stop = None
         if free:
             stop = yield from self.tdp.map_leaves(root, batch, WRITABLE)
+            reason = stop.reason if stop is not None else None
         yield from drop(locks)
         tables.give_back()
         mapped = 0 if not free else len(batch) if stop is None else stop.done
         if mapped and self.host.ops.observed:
             self.host.ops.emit("populate", "populate", vm=self.id, gfns=batch.part(0, mapped).all_gfns, n=mapped)
         if not free or stop is not None:
-            raise UapiError(errno.EIO, "kvm_tdp_mmu_map_private_pfn", f"gfn {first(batch.gfns):#x} could not be mapped")
+            error = errno.EBUSY if isinstance(reason, Retry) else errno.EIO
+            raise UapiError(error, "kvm_tdp_mmu_map_private_pfn", f"gfn {first(batch.gfns):#x} could not be mapped")
 
 
 def _tables_to_split(root: Root, slot: Memslot) -> int:

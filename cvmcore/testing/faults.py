@@ -16,6 +16,7 @@ from cvmcore.effects import Steps
 from cvmcore.errors import UapiError
 from cvmcore.host import Host
 from cvmcore.observers import observes
+from cvmcore.pages import count, part
 from cvmcore.sched import Lockdep
 from cvmcore.types import Fatal, Retry, Stopped
 
@@ -112,34 +113,78 @@ class _BusyDrive(Lockdep):
 class FailingCall(_Counted):
     """The n-th call of an operation of the trusted hardware is refused, and does nothing.
 
-    holder: finds the object on the host that has the operation (`lambda host: host.hw`). answer: made from the call's
-    arguments, what the hardware says.
+    A batch is as many calls as it has elements: those before the n-th are done, the batch ends there with the refusal.
+
+    operation: its name on the host's hardware (`"tdh_mem_page_aug"`, `"psp.df_flush"`). answer: what the hardware says
+    to a call that it refuses after `done` elements of its batch. elements: which arguments are selectors of the
+    batch's elements (none: every call is one). times: so many calls in a row are refused.
     """
 
     def __init__(
-        self, operation: str, answer: Callable[..., Any], nth: int = 0, *,
-        holder: Callable[[Host], Any] = lambda host: host.hw, chance: float = 0, seed: int = 0,
+        self, operation: str, answer: Callable[[int], Any], nth: int = 0, *, elements: tuple[int, ...] = (),
+        times: int = 1, chance: float = 0, seed: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(nth, chance=chance, seed=seed)
-        self.operation, self.answer, self.holder = operation, answer, holder
+        self.operation, self.answer, self.elements, self.times = operation, answer, elements, times
+        self.on_strike: Callable[[], None] = lambda: None
+        """Called at each refusal, before the caller hears of it."""
+
+    def strikes(self) -> bool:
+        self.seen += 1
+        by_chance = self._chance > 0 and self._random.random() < self._chance
+        return 0 <= self.seen - self.nth < self.times * (self.nth > 0) or by_chance
+
+    def _refused_at(self, args: tuple[Any, ...]) -> int | None:
+        """The element that is refused; None where all go through."""
+        n = count(args[self.elements[0]]) if self.elements else 1
+        return next((i for i in range(n) if self.strikes()), None)
+
+    def _made(self, args: tuple[Any, ...], result: Any) -> Any:
+        """The result of a batch: elements behind one that failed were not called."""
+        if self.elements:
+            self.seen -= count(args[self.elements[0]]) - result.done
+        return result
+
+    def _before(self, args: tuple[Any, ...], at: int) -> tuple[Any, ...]:
+        """The arguments of the elements before one."""
+        batch = {i for i in self.elements if i < len(args) and not isinstance(args[i], int)}
+        return tuple(part(one, 0, at) if i in batch else one for i, one in enumerate(args))
 
     def install(self, host: Host) -> None:
-        owner = self.holder(host)
-        real = getattr(owner, self.operation)
-        strikes, answer = self.strikes, self.answer
+        *path, name = self.operation.split(".")
+        owner = host.hw
+        for attribute in path:
+            owner = getattr(owner, attribute)
+        real, failing = getattr(owner, name), self
 
         class Refusing:
             """The operation, and its `steps`."""
 
             def __call__(self, *args: Any, **kwargs: Any) -> Any:
-                return answer(*args, **kwargs) if strikes() else real(*args, **kwargs)
+                at = failing._refused_at(args)
+                if at is None:
+                    return failing._made(args, real(*args, **kwargs))
+                if at:
+                    done = real(*failing._before(args, at), **kwargs)
+                    if done.done < at:
+                        failing.seen -= at + 1 - done.done
+                        return done
+                failing.on_strike()
+                return failing.answer(at)
 
             def steps(self, *args: Any, **kwargs: Any) -> Steps[Any]:
-                if strikes():
-                    return answer(*args, **kwargs)
-                return (yield from real.steps(*args, **kwargs))
+                at = failing._refused_at(args)
+                if at is None:
+                    return failing._made(args, (yield from real.steps(*args, **kwargs)))
+                if at:
+                    done = yield from real.steps(*failing._before(args, at), **kwargs)
+                    if done.done < at:
+                        failing.seen -= at + 1 - done.done
+                        return done
+                failing.on_strike()
+                return failing.answer(at)
 
-        setattr(owner, self.operation, Refusing())
+        setattr(owner, name, Refusing())
 
 
 def at_every_place(

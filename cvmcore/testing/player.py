@@ -57,9 +57,12 @@ class Failed:
 class Player:
     """One VM with memory at gfn 0 upwards, two vCPUs, and what its pages must hold.
 
+    passing: errnos of failures after which a call is made again.
     private, shared: stamps by gfn of either view (one and the same where conversion is in place); a gfn that is in
     neither was never written, one with None holds what nobody can say.
     """
+
+    passing = PASSING
 
     def __init__(
         self, host: Host, npages: int = 24, *, vcpus: int = 2, process: Process | None = None, launch: bool = True,
@@ -91,8 +94,7 @@ class Player:
         if image:
             self.load(0, image)
         if launch:
-            self._until_it_works(self.vm.launch_finish)
-            self.launched = True
+            self.finish_launch()
 
     # ---- calling ----------------------------------------------------------------------------------------------
 
@@ -103,7 +105,7 @@ class Player:
             except UapiError as error:
                 if hasattr(self, "vm") and self.vm.vm.dead:
                     raise Died(self.vm.vm.dead_because) from None
-                if error.errno not in PASSING:
+                if error.errno not in self.passing:
                     raise
                 self.failed.note(error.errno)
                 if i == TRIES - 1 and not getattr(self, "launched", False):
@@ -120,7 +122,7 @@ class Player:
             except UapiError as error:
                 if self.vm.vm.dead:
                     raise Died(self.vm.vm.dead_because) from None
-                if error.errno not in PASSING:
+                if error.errno not in self.passing:
                     raise
                 self.failed.note(error.errno)
                 tries += 1
@@ -134,7 +136,7 @@ class Player:
                     continue
                 if self.vm.vm.dead:
                     raise Died(self.vm.vm.dead_because)
-                passing = isinstance(leave, MemoryFault | Shutdown) and leave.errno in PASSING
+                passing = isinstance(leave, MemoryFault | Shutdown) and leave.errno in self.passing
                 assert passing, f"{type(action).__name__} of {len(array_of(action.gfns))} pages ends in {leave}"
                 assert isinstance(leave, MemoryFault | Shutdown)
                 self.failed.note(leave.errno)
@@ -173,6 +175,11 @@ class Player:
         for i, content in enumerate(image):
             self.private[gfn + i] = self.host.memory.intern(content)
             self.accepted.add(gfn + i)
+
+    def finish_launch(self) -> None:
+        """The image is complete: the guest can run."""
+        self._until_it_works(self.vm.launch_finish)
+        self.launched = True
 
     def punch(self, gfns: range) -> None:
         """Holes in the guest_memfd: what was private there is gone."""

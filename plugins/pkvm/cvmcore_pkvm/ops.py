@@ -89,6 +89,8 @@ class PkvmVm:
     vcpus: list[PkvmVcpu] = attrs.field(factory=list)
     created: bool = False
     pins: npt.NDArray[np.uint8] = attrs.field(factory=lambda: zeros(0, np.uint8))
+    given: set[int] = attrs.field(factory=set)
+    """Frames that EL2 has, or may have taken, for its structures and tables."""
     stale_tlbs: bool = False
     """Whether leaves were write-protected and no flush came after that."""
 
@@ -191,7 +193,9 @@ class Pkvm:
         """A page of the host's kernel that EL2 may pin (kvm_share_hyp)."""
         page = host.frames.alloc(1, USE_META)
         result = yield from self._hcall(host, "__pkvm_host_share_hyp", host.hw.host_share_hyp.steps(page))
-        assert result.ok, result
+        if not result.ok:
+            host.frames.free(page)
+            raise UapiError(-result.status, "kvm_share_hyp", f"EL2 answers {result.status.name}")
         return page
 
     @hookimpl
@@ -229,25 +233,35 @@ class Pkvm:
         vm, host, hyp = vcpu.vm, vcpu.vm.host, vcpu.vm.host.hw
         kvm: PkvmVm = vm.arch
         yield kvm.config_lock.write
-        try:
-            if not kvm.created:
-                memory = host.frames.alloc(hw.vm_pages(len(kvm.vcpus)), USE_META)
-                try:
-                    pgd = host.frames.alloc(hw.PGD_PAGES, USE_TABLE)
-                except UapiError:
-                    host.frames.free(memory)
-                    raise
-                steps = hyp.init_vm.steps(kvm.handle, kvm.protected, len(kvm.vcpus), kvm.page, memory, pgd)
-                yield from self._must(vm, "__pkvm_init_vm", steps)
-                kvm.created = True
-            memory = host.frames.alloc(hw.VCPU_PAGES, USE_META)
-            steps = hyp.init_vcpu.steps(kvm.handle, arch.index, arch.page, memory, arch.memcache)
-            yield from self._must(vm, "__pkvm_init_vcpu", steps)
-            arch.created = True
-            yield from self._must(vm, "__pkvm_vcpu_load", hyp.vcpu_load.steps(arch.cpu, kvm.handle, arch.index))
-        except UapiError as error:
-            vm.bug(f"EL2's VM could not be made: {error}")
+        if not kvm.created:
+            memory = host.frames.alloc(hw.vm_pages(len(kvm.vcpus)), USE_META)
+            try:
+                pgd = host.frames.alloc(hw.PGD_PAGES, USE_TABLE)
+            except UapiError:
+                host.frames.free(memory)
+                raise
+            steps = hyp.init_vm.steps(kvm.handle, kvm.protected, len(kvm.vcpus), kvm.page, memory, pgd)
+            yield from self._give(vm, "__pkvm_init_vm", steps, memory, pgd)
+            kvm.created = True
+        memory = host.frames.alloc(hw.VCPU_PAGES, USE_META)
+        steps = hyp.init_vcpu.steps(kvm.handle, arch.index, arch.page, memory, arch.memcache)
+        yield from self._give(vm, "__pkvm_init_vcpu", steps, memory)
+        yield from self._must(vm, "__pkvm_vcpu_load", hyp.vcpu_load.steps(arch.cpu, kvm.handle, arch.index))
+        if vm.dead:
+            raise UapiError(errno.EIO, "KVM_RUN", "EL2 does not load the vCPU")
+        arch.created = True
         yield kvm.config_lock.release
+
+    def _give(self, vm: VmView, name: str, steps: Steps[Result], *frames: Sel) -> Steps[None]:
+        """A hypercall that takes frames for good. They are the host's again where EL2 refuses, and KVM_RUN says why."""
+        result = yield from self._hcall(vm.host, name, steps)
+        for some in frames:
+            if result.ok:
+                vm.arch.given.update(array_of(some).tolist())
+            else:
+                vm.host.frames.free(some)
+        if not result.ok:
+            raise UapiError(-result.status, "KVM_RUN", f"{name} answers {result.status.name}")
 
     def _must(self, vm: VmView, name: str, steps: Steps[Result]) -> Steps[None]:
         """A hypercall that EL2 has no reason to refuse; if it does, the VM is dead."""
@@ -269,6 +283,7 @@ class Pkvm:
     def vcpu_free(self, vcpu: VcpuView) -> None:
         memcache = vcpu.arch.memcache
         vcpu.vm.host.frames.free(contiguous(np.sort(np.array(memcache, np.int64))))
+        vcpu.vm.arch.given.difference_update(memcache)
         memcache.clear()
 
     @hookimpl
@@ -279,7 +294,7 @@ class Pkvm:
             steps = hyp.finalize_teardown_vm.steps(kvm.handle)
             result = yield from self._hcall(host, "__pkvm_finalize_teardown_vm", steps)
             if not result.ok:
-                for page in pages:
+                for page in (*pages, contiguous(np.array(sorted(kvm.given), np.int64))):
                     host.frames.leak(page, f"EL2 still has VM {kvm.handle:#x}")
                 return
             for frames in result.answer:
@@ -287,8 +302,11 @@ class Pkvm:
         else:
             yield from self._hcall(host, "__pkvm_unreserve_vm", hyp.unreserve_vm.steps(kvm.handle))
         for page in pages:
-            yield from self._must(vm, "__pkvm_host_unshare_hyp", hyp.host_unshare_hyp.steps(page))
-            host.frames.free(page)
+            result = yield from self._hcall(host, "__pkvm_host_unshare_hyp", hyp.host_unshare_hyp.steps(page))
+            if result.ok:
+                host.frames.free(page)
+            else:
+                host.frames.leak(page, f"EL2 does not unshare it: {result.status.name}")
 
     # ---- memslots, launch -------------------------------------------------------------------------------------
 
@@ -314,18 +332,20 @@ class Pkvm:
 
     # ---- faults -----------------------------------------------------------------------------------------------
 
-    def _fill(self, host: HostView, vcpu: PkvmVcpu, n: int) -> bool:
+    def _fill(self, vm: VmView, vcpu: PkvmVcpu, n: int) -> bool:
         """Put n more pages on a vCPU's list for EL2, or as many as there are; whether it were all."""
 
         def grant(wanted: int) -> None:
-            vcpu.memcache.extend(array_of(host.frames.alloc(wanted, USE_TABLE))[::-1].tolist())
+            pages = array_of(vm.host.frames.alloc(wanted, USE_TABLE))[::-1].tolist()
+            vcpu.memcache.extend(pages)
+            vm.arch.given.update(pages)
 
         return _granted(n, grant) == n
 
     @hookimpl
     def topup(self, vm: VmView, vcpu: VcpuView) -> InstallResult:
         """topup_hyp_memcache: what one mapping can need; for a batch, mapping brings the rest."""
-        if self._fill(vm.host, vcpu.arch, max(0, hw.MEMCACHE_MIN_PAGES - len(vcpu.arch.memcache))):
+        if self._fill(vm, vcpu.arch, max(0, hw.MEMCACHE_MIN_PAGES - len(vcpu.arch.memcache))):
             return None
         return Stopped(0, Fatal(errno.ENOMEM, "no page for EL2's tables"))
 
@@ -411,13 +431,13 @@ class Pkvm:
                 kvm.pins[part(rest.gfns, 0, result.done)] = MAPPED
             if result.ok:
                 # As after one fault after the other, each with a full list before it.
-                self._fill(vm.host, loaded, max(0, hw.MEMCACHE_MIN_PAGES - result.answer - len(loaded.memcache)))
+                self._fill(vm, loaded, max(0, hw.MEMCACHE_MIN_PAGES - result.answer - len(loaded.memcache)))
                 return None
             if not result.need:
-                vm.bug(f"EL2 does not map gfn {first(rest.part(result.done, len(rest)).gfns):#x}: {result.status.name}")
-                return Stopped(done, Fatal(-result.status, "EL2 refused"))
+                at = first(rest.part(result.done, len(rest)).gfns)
+                return Stopped(done, Fatal(-result.status, f"EL2 does not map gfn {at:#x}: {result.status.name}"))
             before = len(loaded.memcache)
-            if not self._fill(vm.host, loaded, result.need) and len(loaded.memcache) == before:
+            if not self._fill(vm, loaded, result.need) and len(loaded.memcache) == before:
                 return Stopped(done, Retry())  # the next fault will not get its pages either, and ends with ENOMEM
 
     def _map(self, vm: VmView, vcpu: PkvmVcpu, batch: Batch) -> Steps[Result]:
@@ -451,7 +471,8 @@ class Pkvm:
             if result.ok:
                 return
             lost = batch.part(result.done, result.done + 1)
-            vm.bug(f"EL2 keeps gfn {first(lost.gfns):#x}: {result.status.name}")
+            if not kvm.protected:  # there the VM goes anyway, and KVM only warns
+                vm.bug(f"EL2 keeps gfn {first(lost.gfns):#x}: {result.status.name}")
             host.frames.leak(lost.all_pfns, "EL2 does not give the page back")
             batch = batch.part(result.done + 1, n)
 

@@ -142,16 +142,22 @@ def sev_issue_cmd(host: HostView, name: str, command: Steps[Any], item: str = "p
 
 
 def rmpupdate(host: HostView, pfns: Sel, gfns: Sel | int = 0, *, level: int = PG_LEVEL_4K, **fields: Any) -> int:
-    """RMPUPDATE: how many pages were updated. The kernel spins for ever on FAIL_OVERLAP: a bug, reported."""
-    if not count(pfns):
-        return 0
-    result = host.hw.rmp.rmpupdate(pfns, gfns, level=level, **fields)
-    tried = min(result.done + 1, count(pfns))
-    host.meter.op("RMPUPDATE", "rmpupdate_2m" if level == PG_LEVEL_2M else "rmpupdate_4k", tried)
-    if result.status == RmpStatus.FAIL_OVERLAP:
-        at = first(part(pfns, result.done, result.done + 1))
-        raise InvariantViolation("RMPUPDATE returns FAIL_OVERLAP, on which the kernel spins for ever", pfn=at)
-    return int(result.done)
+    """RMPUPDATE: how many pages were updated. On FAIL_OVERLAP, which the firmware's locks may cause, the kernel spins;
+    where it would do so for ever that is a bug, and reported."""
+    done, n, spins = 0, count(pfns), 0
+    while done < n:
+        some = gfns if isinstance(gfns, int) else part(gfns, done, n)
+        result = host.hw.rmp.rmpupdate(part(pfns, done, n), some, level=level, **fields)
+        tried = min(result.done + 1, n - done)
+        host.meter.op("RMPUPDATE", "rmpupdate_2m" if level == PG_LEVEL_2M else "rmpupdate_4k", tried)
+        done += result.done
+        if result.status != RmpStatus.FAIL_OVERLAP:
+            break
+        spins = 1 if result.done else spins + 1
+        if spins > _SPINS:
+            at = first(part(pfns, done, done + 1))
+            raise InvariantViolation("RMPUPDATE returns FAIL_OVERLAP, on which the kernel spins for ever", pfn=at)
+    return done
 
 
 def rmp_make_shared(host: HostView, pfns: Sel, level: int = PG_LEVEL_4K) -> Sel:

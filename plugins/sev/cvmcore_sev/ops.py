@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from cvmcore.backend import Backend, Option
 from cvmcore.effects import Steps
-from cvmcore.errors import UapiError
+from cvmcore.errors import InvariantViolation, UapiError
 from cvmcore.hookspecs import API_VERSION, hookimpl
 from cvmcore.pages import (
     EMPTY,
@@ -81,6 +81,8 @@ from cvmcore_sev.pins import PinMetadata, sev_pin_memory, sev_pin_pfn, sev_unpin
 
 MAX_ASID: Final = 509
 MIN_SEV_ASID: Final = 100
+_FAULTS: Final = 50
+"""Faults of one PVALIDATE: after so many it will fault for ever."""
 _INT_MAX: Final = 2**31 - 1
 
 
@@ -180,9 +182,9 @@ class AmdSev:
         asid = self.asids.take(asids)
         if not asid and not self.asids.reclaim.isdisjoint(asids):
             wbinvd_on_all_cpus(vm.host)
-            yield from sev_issue_cmd(vm.host, "DF_FLUSH", vm.host.hw.psp.df_flush.steps())
-            self.asids.recycle()
-            asid = self.asids.take(asids)
+            if not (yield from sev_issue_cmd(vm.host, "DF_FLUSH", vm.host.hw.psp.df_flush.steps())):
+                self.asids.recycle()
+                asid = self.asids.take(asids)
         if not asid:
             raise UapiError(errno.EBUSY, call, f"all ASIDs for {vm.vm_type} guests are used")
         vm.arch = SevVm(vm.vm_type, asid, demand=vm.caps.needs_pin, vmsa_features=1 if vm.vm_type == SNP_TYPE else 0)
@@ -522,8 +524,14 @@ class AmdSev:
         region, size = np.unique(large >> 9, return_counts=True)
         whole = region[size == PAGES_2M]
         refused = rmp_make_shared(host, contiguous(whole << 9, PAGES_2M), PG_LEVEL_2M)
-        yield from snp_rmptable_psmash(host, contiguous(region[size != PAGES_2M] << 9, PAGES_2M))
-        return contiguous(pages[~np.isin(pages >> 9, whole)]), expand(refused, 9)
+        parts = region[size != PAGES_2M]
+        yield from snp_rmptable_psmash(host, contiguous(parts << 9, PAGES_2M))
+        lost = array_of(expand(refused, 9))
+        if not _all(levels := host.hw.rmp.levels(contiguous(parts << 9)), PG_LEVEL_4K):
+            # What is still part of a 2M page cannot be taken back alone: RMPUPDATE would overlap for ever.
+            large = parts if isinstance(levels, int) else parts[levels == PG_LEVEL_2M]
+            whole, lost = np.concatenate([whole, large]), np.union1d(lost, pages[np.isin(pages >> 9, large)])
+        return contiguous(pages[~np.isin(pages >> 9, whole)]), contiguous(lost)
 
     # ---- what guests do -----------------------------------------------------------------------------------------
 
@@ -604,16 +612,19 @@ class AmdSev:
     def _rescind_4k(self, vm: VmView, pfns: Sel, gfns: Sel) -> Steps[None]:
         """PVALIDATE(0) in 4K. A 2M page of the RMP faults; the host breaks it (the conversion zaps the mapping)."""
         host = vm.host
-        answer = host.hw.rmp.pvalidate(pfns, gfns, asid=vm.key, validate=False)
         host.meter.op("PVALIDATE", "pvalidate_4k", count(gfns))
-        if isinstance(answer, int) or not np.count_nonzero(answer == RmpStatus.NPF_SIZEM):
-            return
-        faulted = answer == RmpStatus.NPF_SIZEM
-        pages, gfns = array_of(pfns)[faulted], where(gfns, faulted)
-        regions = np.unique(pages & ~(PAGES_2M - 1))
-        host.meter.charge("vm_exit", len(regions))
-        yield from snp_rmptable_psmash(host, contiguous(regions, PAGES_2M))
-        host.hw.rmp.pvalidate(contiguous(pages), gfns, asid=vm.key, validate=False)
+        for _ in range(_FAULTS):
+            answer = host.hw.rmp.pvalidate(pfns, gfns, asid=vm.key, validate=False)
+            if isinstance(answer, int):
+                answer = np.full(count(gfns), answer, np.uint8)
+            faulted = answer == RmpStatus.NPF_SIZEM
+            if not np.count_nonzero(faulted):
+                return
+            pfns, gfns = contiguous(array_of(pfns)[faulted]), where(gfns, faulted)
+            regions = np.unique(array_of(pfns) & ~(PAGES_2M - 1))
+            host.meter.charge("vm_exit", len(regions))
+            yield from snp_rmptable_psmash(host, contiguous(regions, PAGES_2M))
+        raise InvariantViolation("a page of 2M cannot be smashed, so its guest faults for ever", gfn=first(gfns))
 
     @hookimpl
     def host_access(self, host: HostView, pfns: Sel, write: bool, mode: HostMode) -> HostVerdict:

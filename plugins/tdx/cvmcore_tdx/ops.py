@@ -66,6 +66,10 @@ SHARED_GFN_BIT: Final = 1 << 35
 TD_ATTR_SEPT_VE_DISABLE: Final = 1 << 28
 CHUNKS_PER_PAGE: Final = 4096 // CHUNK_BYTES
 _INSIDE_RANK: Final = 500
+_INIT_ERRORS: Final[dict[int, int]] = {
+    Status.TDX_OPERAND_INVALID: errno.EINVAL, Status.TDX_RND_NO_ENTROPY: errno.EAGAIN,
+}  # fmt: skip
+"""What KVM_TDX_INIT_VM makes of a refusal of MNG.INIT; of any other EIO."""
 RETRY: Final = point("fault.retry")
 """Somebody else has a lock that is only tried: it is their turn."""
 
@@ -217,14 +221,15 @@ class Tdx:
             raise UapiError(errno.EIO, "KVM_TDX_INIT_VM", describe(status))
 
     def _init(self, vm: VmView) -> Steps[None]:
-        """MNG.INIT, once. Raises UapiError(EIO)."""
+        """MNG.INIT, once. Raises UapiError: EINVAL for what the module refuses, EAGAIN for want of entropy, or EIO."""
         state: KvmTdx = vm.arch
         if state.initialized:
             return
         steps = vm.host.hw.tdh_mng_init.steps(state.tdr)
         status = yield from seamcall(vm.host.meter, "TDH.MNG.INIT", "seamcall", steps)
         if status:
-            raise UapiError(errno.EIO, "KVM_TDX_INIT_VM", f"TDH.MNG.INIT: {describe(status)}")
+            error = _INIT_ERRORS.get(code(status), errno.EIO)
+            raise UapiError(error, "KVM_TDX_INIT_VM", f"TDH.MNG.INIT: {describe(status)}")
         state.initialized = True
 
     @hookimpl
@@ -528,12 +533,13 @@ class Tdx:
         return stopped
 
     def _measure(self, vm: VmView, batch: Batch) -> Steps[None]:
-        """MR.EXTEND of every chunk of one page. Raises UapiError(EIO)."""
+        """MR.EXTEND of every chunk of one page. Raises UapiError: EBUSY, or EIO."""
         gpa = int(array_of(batch.gfns)[0]) << 12
         steps = vm.host.hw.tdh_mr_extend.steps(vm.arch.tdr, gpa, CHUNKS_PER_PAGE)
         result = yield from seamcall(vm.host.meter, "TDH.MR.EXTEND", "mr_extend_256b", steps, CHUNKS_PER_PAGE)
         if result.status:
-            raise UapiError(errno.EIO, "KVM_TDX_INIT_MEM_REGION", f"TDH.MR.EXTEND: {describe(result.status)}")
+            error = errno.EBUSY if is_busy(result.status) else errno.EIO
+            raise UapiError(error, "KVM_TDX_INIT_MEM_REGION", f"TDH.MR.EXTEND: {describe(result.status)}")
 
     @hookimpl
     def launch_finish(self, vm: VmView) -> Steps[None]:
@@ -613,27 +619,29 @@ class Tdx:
                 start += 1
         return failed
 
-    def _track(self, vm: VmView, n: int) -> Steps[None]:
-        """n times TRACK, and each time kick all vCPUs (tdx_track). Not before the TD can run.
+    def _track(self, vm: VmView, n: int) -> Steps[list[int]]:
+        """n times TRACK, and each time kick all vCPUs (tdx_track). Not before the TD can run. Returns the positions
+        where it failed, which is a bug.
 
         After the first kick nobody is inside, and the others can be made in one go.
         """
         state: KvmTdx = vm.arch
-        if not state.finalized:
-            return
-        left = n
-        while left:
-            asked = 1 if left == n else left
+        failed: list[int] = []
+        at = 0 if state.finalized else n
+        while at < n:
+            asked = n - at if at else 1
             steps = vm.host.hw.tdh_mem_track.steps(state.tdr, asked)
             result = yield from seamcall(vm.host.meter, "TDH.MEM.TRACK", "mem_track", steps, asked)
-            left -= result.done
+            at += result.done
             yield state.inside.write
             vm.kick_all_vcpus()
             yield state.inside.release
             self._charge_kicks(vm, max(1, result.done))
             if result.status and not result.done and code(result.status) != Status.TDX_OPERAND_BUSY:
                 vm.bug(f"TDH.MEM.TRACK: {describe(result.status)}")
-                return
+                failed.append(at)
+                at += 1
+        return failed
 
     # ---- shrinking, splitting, merging ------------------------------------------------------------------------
 
@@ -664,8 +672,8 @@ class Tdx:
             lambda gfns: vm.host.hw.tdh_mem_range_block.steps(state.tdr, batch.level - 1, gfns), batch.gfns,
         )  # fmt: skip
         blocked = self._without(vm, batch, failed, "TDX: it could not be blocked")
-        yield from self._track(vm, len(blocked))
-        return blocked
+        failed = yield from self._track(vm, len(blocked))
+        return self._without(vm, blocked, failed, "TDX: its translations could not be tracked")
 
     def _without(self, vm: VmView, batch: Batch, failed: list[int], why: str) -> Batch:
         """The batch without the pages at some positions, which are leaked."""
