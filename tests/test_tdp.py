@@ -17,7 +17,7 @@ from cvmcore.effects import FAULT_COMMIT, FAULT_FREEZE, FAULT_HOOK, Effect, Step
 from cvmcore.errors import UapiError
 from cvmcore.mem.tdp import FRAME_SHIFT, FROZEN, PRESENT, TABLE, WRITABLE, Root, TableCache
 from cvmcore.pages import array_of, contiguous, run, sort_unique, words_of
-from cvmcore.types import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, Batch, Fatal, Filter, Retry, Use, Walk
+from cvmcore.types import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, Batch, Fatal, Filter, Reason, Retry, Use, Walk
 
 NR = 4 * 512
 
@@ -426,17 +426,19 @@ def test_map_private() -> None:
     assert caught.value.errno == errno.EIO
 
 
+@pytest.mark.parametrize(("reason", "error"), [(Retry(), errno.EBUSY), (Fatal(errno.EFAULT), errno.EIO)], ids=str)
 @pytest.mark.parametrize("hook", ["link_private_spt", "set_private_spte"])
-def test_map_private_that_is_refused(hook: str) -> None:
+def test_map_private_that_is_refused(hook: str, reason: Reason, error: int) -> None:
+    """Busy is told apart, as by the ioctl that loads an image; all else is EIO."""
     box = Box(MIRROR, 1024)
     slot = box.vm.slots.by_id[0]
     batch = Batch(slot, PG_LEVEL_4K, slice(3, 6, 1), box.inode.populate(slice(3, 6, 1)))
-    box.hw.refuse(hook, 1, 0, Retry())
+    box.hw.refuse(hook, 1, 0, reason)
 
     with pytest.raises(UapiError) as caught:
         drain(box.vm.map_private(batch))
 
-    assert (caught.value.errno, box.mapped()) == (errno.EIO, [])
+    assert (caught.value.errno, box.mapped()) == (error, [])
     box.check_mirror()
 
 
