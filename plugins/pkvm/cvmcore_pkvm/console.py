@@ -7,14 +7,13 @@ Every answer has the status, its code, and the state of what was named; what is 
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, ParamSpec, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from cvmcore.errors import InputError
+from cvmcore import hwscript
+from cvmcore.hwscript import op
 from cvmcore.memory import Memory
 from cvmcore.pages import array_of, count, run
 from cvmcore.types import Walk
@@ -22,7 +21,6 @@ from cvmcore_pkvm import hw
 from cvmcore_pkvm.errors import Ffa, Smccc
 from cvmcore_pkvm.hw import Hyp, HypVm, Owner, PageState, Prot, Result
 
-P = ParamSpec("P")
 Answer: TypeAlias = dict[str, Any]
 
 NR_FRAMES = 1 << 13
@@ -36,27 +34,13 @@ def machine() -> Mapping[str, Callable[..., Mapping[str, Any]]]:
     return Console().operations()
 
 
-def op(fn: Callable[Concatenate[Console, P], Answer]) -> Callable[Concatenate[Console, P], Answer]:
-    """An operation of the script; what no host and no guest could ask for is bad input."""
-
-    @functools.wraps(fn)
-    def checked(self: Console, /, *args: P.args, **kwargs: P.kwargs) -> Answer:
-        try:
-            return fn(self, *args, **kwargs)
-        except (ValueError, OverflowError) as error:
-            raise InputError(f"{fn.__name__}: {error}") from None
-
-    checked.is_op = True  # type: ignore[attr-defined]
-    return checked
-
-
 def _pages(start: int, nr: int) -> slice:
     if start < 0 or not 0 < nr <= NR_FRAMES:
         raise ValueError(f"{nr} pages from {start}: give a start that is not negative, and 1 to {NR_FRAMES} pages")
     return run(start, nr)
 
 
-class Console:
+class Console(hwscript.Console):
     """The hypervisor, and how what it says is told."""
 
     def __init__(self) -> None:
@@ -64,10 +48,6 @@ class Console:
         self.hyp = Hyp(self.memory, checked=True)
         self.top = NR_FRAMES
         self.memcaches: dict[tuple[int, int], list[int]] = {}
-
-    def operations(self) -> dict[str, Callable[..., Mapping[str, Any]]]:
-        """By name."""
-        return {name: fn for name, fn in inspect.getmembers(self, inspect.ismethod) if hasattr(fn, "is_op")}
 
     # ---- what is told -----------------------------------------------------------------------------------------
 

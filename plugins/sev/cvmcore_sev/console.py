@@ -8,21 +8,19 @@ also `exitinfo1`, as the hypervisor sees it.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, Final, ParamSpec, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from cvmcore.errors import InputError
+from cvmcore import hwscript
+from cvmcore.hwscript import op
 from cvmcore.memory import SCRAMBLED, Memory
 from cvmcore.pages import array_of, count, run
 from cvmcore.types import PG_LEVEL_2M, PG_LEVEL_4K
 from cvmcore_sev.errors import PageState, PageType, RmpStatus, SevStatus, exit_info_1
 from cvmcore_sev.hw import Answer, Command, Progress, SevHardware
 
-P = ParamSpec("P")
 Told: TypeAlias = dict[str, Any]
 
 NR_FRAMES: Final = 1 << 13
@@ -36,20 +34,6 @@ _PSMASH_NAMES: Final = {RmpStatus.FAIL_BADADDR: "FAIL_BADADDR"}
 def machine() -> Mapping[str, Callable[..., Mapping[str, Any]]]:
     """A machine of 8192 frames, all of them the hypervisor's, and what can be done there."""
     return Console().operations()
-
-
-def op(fn: Callable[Concatenate[Console, P], Told]) -> Callable[Concatenate[Console, P], Told]:
-    """An operation of the script; what no software could ask for is bad input."""
-
-    @functools.wraps(fn)
-    def checked(self: Console, /, *args: P.args, **kwargs: P.kwargs) -> Told:
-        try:
-            return fn(self, *args, **kwargs)
-        except (ValueError, OverflowError) as error:
-            raise InputError(f"{fn.__name__}: {error}") from None
-
-    checked.is_op = True  # type: ignore[attr-defined]
-    return checked
 
 
 def _run(start: int, nr: int, level: int = PG_LEVEL_4K) -> slice:
@@ -77,17 +61,13 @@ def _frame(pfn: int) -> slice:
     return run(pfn, 1)
 
 
-class Console:
+class Console(hwscript.Console):
     """The hardware, and how what it says is told."""
 
     def __init__(self) -> None:
         self.memory = Memory(NR_FRAMES)
         self.hw = SevHardware(self.memory)
         self.rmp, self.psp = self.hw.rmp, self.hw.psp
-
-    def operations(self) -> dict[str, Callable[..., Mapping[str, Any]]]:
-        """By name."""
-        return {name: fn for name, fn in inspect.getmembers(self, inspect.ismethod) if hasattr(fn, "is_op")}
 
     # ---- what is told -----------------------------------------------------------------------------------------
 

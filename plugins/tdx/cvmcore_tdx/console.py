@@ -8,19 +8,17 @@ and the state of the pages that were named.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, ParamSpec, TypeAlias
+from typing import Any, TypeAlias
 
-from cvmcore.errors import InputError
+from cvmcore import hwscript
+from cvmcore.hwscript import op
 from cvmcore.memory import Memory
 from cvmcore.pages import Sel, array_of, count, run
 from cvmcore.types import Walk
 from cvmcore_tdx.errors import LEVEL_STATUSES, Operand, code, describe, operand
 from cvmcore_tdx.hw import Accept, Result, SeptState, TdxModule
 
-P = ParamSpec("P")
 Answer: TypeAlias = dict[str, Any]
 
 NR_FRAMES = 1 << 15
@@ -34,20 +32,6 @@ def machine() -> Mapping[str, Callable[..., Mapping[str, Any]]]:
     return Console().operations()
 
 
-def op(fn: Callable[Concatenate[Console, P], Answer]) -> Callable[Concatenate[Console, P], Answer]:
-    """An operation of the script; what the model's own interface refuses is bad input."""
-
-    @functools.wraps(fn)
-    def checked(self: Console, /, *args: P.args, **kwargs: P.kwargs) -> Answer:
-        try:
-            return fn(self, *args, **kwargs)
-        except (ValueError, OverflowError, IndexError) as error:
-            raise InputError(f"{fn.__name__}: {error}") from None
-
-    checked.is_op = True  # type: ignore[attr-defined]
-    return checked
-
-
 def _pages(start: int, nr: int, level: int = 0) -> slice:
     if start < 0 or start >= 1 << 52 or not 0 < nr <= NR_FRAMES or not 0 <= level <= 4:
         raise ValueError(f"{nr} pages from {start} at level {level}: 1 to {NR_FRAMES} pages, levels 0 to 4")
@@ -58,16 +42,12 @@ def _frames(start: int, nr: int, level: int = 0) -> slice:
     return _pages(start, nr, level)
 
 
-class Console:
+class Console(hwscript.Console):
     """The module, and how what it says is told."""
 
     def __init__(self) -> None:
         self.memory = Memory(NR_FRAMES)
         self.module = TdxModule(self.memory, NR_FRAMES, hkids=HKIDS)
-
-    def operations(self) -> dict[str, Callable[..., Mapping[str, Any]]]:
-        """By name."""
-        return {name: fn for name, fn in inspect.getmembers(self, inspect.ismethod) if hasattr(fn, "is_op")}
 
     # ---- what is told -----------------------------------------------------------------------------------------
 
