@@ -41,6 +41,7 @@ _NO_ERRORS = {
 }
 
 ARGUMENTS = {
+    "begun": "for how many leading pages of gfns the guest has done its own half already, where its call is replayed",
     "reads": "how many reads of an entry to count",
     "blocked": "whether block_private_spt was called for the table",
     "arguments": "by name: what the hook is called with, or the fields of the vendor's structure",
@@ -88,7 +89,7 @@ RESULTS = {
     "Access": "`Access`: one `Walk` for all pages or one each, and the frames behind them",
     "Any": "anything but None answers in the backend's place",
     "Capabilities": "`Capabilities`",
-    "ConvertResult": "`Done(n)`, `Exit(n)` or `Refault(gfn, n)`",
+    "ConvertResult": "`Done(n)`, `Exit(n)`, `Refault(gfn, n, pages, begun)` or `Mismatch(gfn, begun)`",
     "HostVerdict": "`HostVerdict`",
     "InstallResult": "`None`, or `Stopped(done, reason)`; reasons: `Retry`, `Fatal(errno)`",
     "None": "nothing",

@@ -324,10 +324,10 @@ def set_private_spte(vm: VmView, vcpu: VcpuView | None, batch: Batch) -> Install
 
 @_hook("total", "-", "sev_handle_rmp_fault")
 def after_fault(vm: VmView, vcpu: VcpuView, gfns: Sel, pfns: Sel, level: int) -> bool:
-    """The common fault path succeeded, but the hardware had reported `Walk.MISMATCH` for these pages.
+    """The common fault path succeeded, but the hardware had reported `Walk.MISMATCH` for this page.
 
-    Mend the trusted table (PSMASH, say). Returns True where the core must zap [gfn, gfn + 512) of each, so that the
-    next fault maps 4K pages.
+    Mend the trusted table (PSMASH, say). pfns: the frame that the page is mapped to, at `level`. Returns True where the
+    core must zap [gfn, gfn + 512), within an invalidation frame of its own, so that the next fault maps 4K pages.
     """
 
 
@@ -437,8 +437,9 @@ def memory_reclaimed(vm: VmView, nr_pages: int) -> None:
 
 
 @_hook("call", "- (in the guest)", "guest: PVALIDATE + PSC, MapGPA, MEM_SHARE / MEM_UNSHARE")
-def guest_convert(vm: VmView, vcpu: VcpuView, gfns: Sel, private: bool) -> ConvertResult:
+def guest_convert(vm: VmView, vcpu: VcpuView, gfns: Sel, private: bool, begun: int) -> ConvertResult:
     """The guest converts pages. Done(n): finished below KVM. Exit(n): user space must act. Refault(gfn): map, replay.
+    Mismatch(gfn): mend by after_fault, replay. begun: what the call that is replayed had come to.
 
     Without an implementation the core exits to user space for all pages at once.
 

@@ -174,13 +174,29 @@ class Exit:
 
 @attrs.frozen
 class Refault:
-    """The page at this gfn has to be mapped first; then the guest's call is replayed. n pages before it are done."""
+    """The page at this gfn, with those behind it `pages` in all, have to be mapped first; then the guest's call is
+    replayed. n pages before it are done.
+
+    begun: for so many pages behind those the guest has done its own half of the conversion, and not told the host yet.
+    The replay, which is told so, begins behind them.
+    """
 
     gfn: int
     n: int = 0
+    pages: int = 1
+    begun: int = 0
 
 
-ConvertResult: TypeAlias = Done | Exit | Refault
+@attrs.frozen
+class Mismatch:
+    """The page at this gfn is mapped, but the trusted table disagrees, as with `Walk.MISMATCH`: after_fault decides,
+    then the guest's call is replayed. begun: as with Refault."""
+
+    gfn: int
+    begun: int = 0
+
+
+ConvertResult: TypeAlias = Done | Exit | Refault | Mismatch
 
 
 class Walk(enum.IntEnum):

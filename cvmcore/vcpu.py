@@ -18,6 +18,7 @@ import numpy.typing as npt
 from cvmcore.effects import Steps, operation, point
 from cvmcore.errors import InvariantViolation, UapiError
 from cvmcore.mem.fault import MAPPED, Fault, resolve
+from cvmcore.mem.invalidate import zap_gfn_range
 from cvmcore.mem.mmulock import drop
 from cvmcore.mem.mmulock import write as lock_write
 from cvmcore.mem.tdp import TABLE, TableCache
@@ -42,6 +43,7 @@ from cvmcore.pages import (
 from cvmcore.tlb import Tlb
 from cvmcore.types import (
     PG_LEVEL_1G,
+    PG_LEVEL_2M,
     PG_LEVEL_4K,
     Access,
     Done,
@@ -50,11 +52,13 @@ from cvmcore.types import (
     Fatal,
     GuestException,
     MapGpaRange,
+    Mismatch,
     Refault,
     RetPf,
     Shutdown,
     Walk,
     order_of,
+    pages_per_level,
 )
 
 if TYPE_CHECKING:
@@ -100,9 +104,10 @@ class Accept(Action):
 
 @attrs.define(eq=False)
 class Convert(Action):
-    """Convert pages to private or to shared."""
+    """Convert pages to private or to shared. begun: for so many pages behind `done` the guest has done its own half."""
 
     private: bool = True
+    begun: int = 0
 
 
 class Tries:
@@ -240,7 +245,9 @@ class Vcpu:
                 start += good
                 action.done = start
             elif kind == Walk.MISMATCH:
-                yield from self._mismatch(part(gfns, 0, 1), action.write)
+                leave, _ = yield from self._fault(part(gfns, 0, 1), action.write, True, mismatch=True)
+                if leave is not None:
+                    return leave
                 tries.again(first(gfns), True, mapped=True)
             elif kind == Walk.UNACCEPTED and self.vm.caps.unaccepted_is_fatal:
                 self.vm.bug(f"the guest touched gfn {first(gfns):#x}, which it has not accepted")
@@ -359,10 +366,10 @@ class Vcpu:
     # ---- faulting ---------------------------------------------------------------------------------------------
 
     def _fault(
-        self, gfns: Sel, write: bool, private: bool, max_level: int = PG_LEVEL_1G
+        self, gfns: Sel, write: bool, private: bool, max_level: int = PG_LEVEL_1G, *, mismatch: bool = False
     ) -> Steps[tuple[ExitReason | None, int]]:
         """Stage-2 faults on missing gfns: exit, resolve, re-enter. Returns what leaves KVM_RUN, and how many leading
-        gfns are mapped now."""
+        gfns are mapped now. mismatch: of one that is mapped, the trusted table disagreed, and the backend mends it."""
         vm = self.vm
         self.leave()
         fault: Fault = yield from resolve(vm, self, gfns, write, private, max_level=max_level)
@@ -384,6 +391,8 @@ class Vcpu:
             if fault.exit is not None:
                 return fault.exit, done
             return Shutdown(fault.errno, fault.why or "the fault could not be resolved"), done
+        if mismatch and not vm.dead:
+            yield from self._mend(first(gfns))
         if vm.dead:
             return Shutdown(errno.EIO, vm.dead_because), done
         yield from self._enter()
@@ -397,25 +406,17 @@ class Vcpu:
         slot = vm.slots.find(gfn)
         return vm.caps.retries_in_kvm and private and not vm.dead and not (slot is not None and slot.invalid)
 
-    def _mismatch(self, gfns: Sel, write: bool) -> Steps[None]:
-        """The tables map the page but the trusted table disagrees: exit, and let the backend mend it."""
-        vm = self.vm
-        self.leave()
-        vm.host.meter.charge("vm_exit")
+    def _mend(self, gfn: int) -> Steps[None]:
+        """The fault was dealt with, but the trusted table disagrees about the page: let the backend mend it. What is
+        zapped is 2M from the page on, not the block that it lies in (kernel: sev_handle_rmp_fault)."""
+        vm, page = self.vm, slice(gfn, gfn + 1, 1)
         root = vm.tdp.root_for(True)
-        _, pfns, level = root.lookup(gfns, False)
-        size = level if isinstance(level, int) else int(level[0])
-        zap = yield from vm.host.ops.call("after_fault", vm=vm, vcpu=self, gfns=gfns, pfns=pfns, level=size)
-        if zap:
-            gfn = first(gfns) & ~511
-            locks = vm.mmu_lock.covering(gfns)
-            yield from lock_write(locks)
-            slot = vm.slots.find(first(gfns))
-            if slot is not None:
-                yield from vm.tdp.zap_leaves(root, slot, max(gfn, slot.base_gfn), min(gfn + 512, slot.end_gfn))
-                yield from vm.flush_tlbs(gfn, gfn + 512)
-            yield from drop(locks)
-        yield from self._enter()
+        level = root.level_at(gfn)
+        if not level:
+            return
+        pfns = root.lookup(page, False)[1]
+        if (yield from vm.host.ops.call("after_fault", vm=vm, vcpu=self, gfns=page, pfns=pfns, level=level)):
+            yield from zap_gfn_range(vm, gfn, gfn + pages_per_level(PG_LEVEL_2M))
 
     # ---- accepting --------------------------------------------------------------------------------------------
 
@@ -491,7 +492,9 @@ class Vcpu:
                     return earlier or leave
                 tries.again(first(gfns), True, mapped=moved > 0)
             elif kind == Walk.MISMATCH:
-                yield from self._mismatch(part(gfns, 0, 1), True)
+                leave, _ = yield from self._fault(part(gfns, 0, 1), True, True, mismatch=True)
+                if leave is not None:
+                    return leave
                 tries.again(first(gfns), True, mapped=True)
             elif kind == Walk.LARGER:
                 tries.again(first(gfns), True, mapped=True)
@@ -579,7 +582,8 @@ class Vcpu:
         while action.done < count(action.gfns):
             gfns = part(action.gfns, action.done, count(action.gfns))
             result = yield from vm.host.ops.call(
-                "guest_convert", count(gfns), vm=vm, vcpu=self, gfns=gfns, private=action.private
+                "guest_convert", count(gfns) - action.begun, vm=vm, vcpu=self, gfns=gfns, private=action.private,
+                begun=action.begun,
             )
             if result is None:
                 result = Exit(count(gfns))
@@ -590,13 +594,19 @@ class Vcpu:
                 if result.n:
                     continue
                 return GuestException(first(gfns), "conversion refused")
-            if isinstance(result, Refault):
-                action.done += result.n
-                leave, moved = yield from self._fault(slice(result.gfn, result.gfn + 1, 1), True, not action.private)
+            if isinstance(result, Refault | Mismatch):
+                at = _position(gfns, result.gfn)
+                pages = result.pages if isinstance(result, Refault) else 1
+                action.done += result.n if isinstance(result, Refault) else 0
+                action.begun = result.begun
+                leave, moved = yield from self._fault(
+                    part(gfns, at, at + pages), True, not action.private, mismatch=isinstance(result, Mismatch)
+                )
                 if leave is not None:
                     return leave
                 tries.again(result.gfn, not action.private, mapped=moved > 0)
                 continue
+            action.begun = 0
             asked = part(gfns, 0, result.n)
             action.done += result.n
             chunks = result.exits or _hypercalls(asked)

@@ -111,6 +111,28 @@ def invalidate(
     return zapped
 
 
+def zap_gfn_range(vm: Vm, start: int, end_gfn: int) -> Steps[int]:
+    """kvm_zap_gfn_range for private pages: a frame that opens and closes under one hold of mmu_lock. What a fault has
+    looked up before is stale afterwards. Returns 4K pages zapped."""
+    locks = vm.mmu_lock.covering(slice(start, end_gfn, 1))
+    yield from write(locks)
+    vm.frame.add(start, end_gfn)
+    yield INVALIDATE_START
+    zapped = 0
+    for root in vm.tdp.roots(Filter.PRIVATE):
+        for slot in vm.slots.overlapping(start, end_gfn):
+            low, high = max(start, slot.base_gfn), min(end_gfn, slot.end_gfn)
+            flush = root.widened(low, high)
+            if n := (yield from vm.tdp.zap_leaves(root, slot, low, high)):
+                yield from vm.flush_tlbs(*flush)
+            zapped += n
+    yield INVALIDATE_ZAP
+    yield INVALIDATE_END
+    vm.frame.drop(start, end_gfn)
+    yield from drop(locks)
+    return zapped
+
+
 def splits(root: Root, start: int, end_gfn: int) -> int:
     """How many splits `split_edges` would make as things stand: so many table pages it will need."""
     return len({

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from cvmcore.backend import Backend, Option
 from cvmcore.effects import Steps
-from cvmcore.errors import InvariantViolation, UapiError
+from cvmcore.errors import UapiError
 from cvmcore.hookspecs import API_VERSION, hookimpl
 from cvmcore.pages import (
     EMPTY,
@@ -25,6 +25,7 @@ from cvmcore.pages import (
     count,
     expand,
     first,
+    last,
     part,
     run,
     take,
@@ -47,6 +48,7 @@ from cvmcore.types import (
     HostVerdict,
     HostView,
     InstallResult,
+    Mismatch,
     Refault,
     SlotView,
     Stopped,
@@ -81,8 +83,6 @@ from cvmcore_sev.pins import PinMetadata, sev_pin_memory, sev_pin_pfn, sev_unpin
 
 MAX_ASID: Final = 509
 MIN_SEV_ASID: Final = 100
-_FAULTS: Final = 50
-"""Faults of one PVALIDATE: after so many it will fault for ever."""
 _INT_MAX: Final = 2**31 - 1
 
 
@@ -108,6 +108,8 @@ _GUEST_STOPS: Final = (
     RmpStatus.FAIL_INPUT, RmpStatus.FAIL_PERMISSION, RmpStatus.NO_CHANGE, RmpStatus.FAIL_SIZEMISMATCH,
 )  # fmt: skip
 """Where a guest that validates pages in order does something else first: it panics, or it goes on in 4K."""
+_PVALIDATE_FAULTS: Final = (RmpStatus.NPF_RMP, RmpStatus.NPF_SIZEM)
+"""Where PVALIDATE does not end: KVM hears of it, and the guest tries again."""
 
 
 def _lookup(table: dict[RmpStatus, Walk]) -> npt.NDArray[np.uint8]:
@@ -125,6 +127,11 @@ def _access(answer: Answer, lookup: npt.NDArray[np.uint8], pfns: Sel) -> Access:
     if isinstance(answer, int):
         return Access(int(lookup[answer]), pfns)
     return Access(lookup.take(answer), pfns)
+
+
+def _leading(holds: npt.NDArray[np.bool_]) -> int:
+    """How many of the first elements hold."""
+    return len(holds) if np.count_nonzero(holds) == len(holds) else int(np.argmin(holds))
 
 
 def _all(levels: int | npt.NDArray[np.uint8], level: int) -> bool:
@@ -483,17 +490,15 @@ class AmdSev:
         return PG_LEVEL_2M if _all(rmp.levels(pfns), PG_LEVEL_2M) else PG_LEVEL_4K
 
     @hookimpl
-    def after_fault(self, vm: VmView, pfns: Sel, level: int) -> Steps[bool]:
-        """sev_handle_rmp_fault: break the RMP's 2M page that the guest uses in 4K; spurious where it is 4K already.
-
-        There the mapping is zapped only if it is larger than the entry: whoever broke it has not come to that yet.
-        """
+    def after_fault(self, vm: VmView, pfns: Sel) -> Steps[bool]:
+        """sev_handle_rmp_fault: break the RMP's 2M page that the guest uses in 4K; spurious where it is 4K already, or
+        not assigned. A mapping that is larger than its entry is the common fault path's, which has split it by now."""
         rmp = vm.host.hw.rmp
         if not vm.arch.snp or not count(pfns):
             return False
         levels = rmp.levels(pfns)
         if _all(levels, PG_LEVEL_4K):
-            return level > PG_LEVEL_4K
+            return False
         pages = array_of(pfns) if isinstance(levels, int) else array_of(pfns)[levels == PG_LEVEL_2M]
         yield from snp_rmptable_psmash(vm.host, contiguous(np.unique(pages & ~(PAGES_2M - 1)), PAGES_2M))
         return True
@@ -559,18 +564,15 @@ class AmdSev:
         return _access(answer, _ACCESS_LOOKUP, pfns)
 
     @hookimpl
-    def guest_convert(self, vm: VmView, gfns: Sel, private: bool) -> Steps[ConvertResult]:
+    def guest_convert(self, vm: VmView, gfns: Sel, private: bool, begun: int) -> ConvertResult:
         """SNP, to shared: the guest rescinds its pages, then asks; to private it asks, and validates them later.
 
         SEV, SEV-ES: the guest has changed its page table's C-bit, and only tells (KVM_HC_MAP_GPA_RANGE).
         """
         if not vm.arch.snp:
             return Exit(count(gfns))
-        if not private:
-            refault = yield from self._rescind(vm, gfns)
-            if isinstance(refault, Refault):
-                return refault
-            gfns = refault
+        if not private and (faulted := self._rescind(vm, gfns, begun)):
+            return faulted
         if vm.host.options.get("psc") == "msr":
             vm.host.meter.op("SNP_PSC_MSR", "psc_call", count(gfns))
             vm.host.meter.charge("psc_entry", count(gfns))
@@ -580,51 +582,74 @@ class AmdSev:
         vm.host.meter.charge("psc_entry", entries)
         return Exit(count(gfns), exits)
 
-    def _rescind(self, vm: VmView, gfns: Sel) -> Steps[Sel | Refault]:
-        """PVALIDATE(0) of the leading pages that are mapped; returns them, or the first that must be mapped.
+    def _rescind(self, vm: VmView, gfns: Sel, begun: int) -> Refault | Mismatch | None:
+        """PVALIDATE(0) of all but the `begun` first pages, in order. Where one is not mapped, or faults in the RMP, the
+        guest goes on from there once that is mended."""
+        rest = part(gfns, begun, count(gfns))
+        n = count(rest)
+        status, pfns, _ = vm.walk(rest, True)
+        if isinstance(status, int):
+            mapped, missing = (n, 0) if status == Walk.OK else (0, n)
+        else:
+            mapped = _leading(status == Walk.OK)
+            missing = _leading(status[mapped:] != Walk.OK)
+        done = self._rescind_mapped(vm, part(rest, 0, mapped), part(pfns, 0, mapped))
+        begun += done
+        if done < mapped:
+            return Mismatch(first(part(rest, done, n)), begun)
+        if missing:
+            return Refault(first(part(rest, mapped, n)), pages=missing, begun=begun)
+        return None
+
+    def _rescind_mapped(self, vm: VmView, gfns: Sel, pfns: Sel) -> int:
+        """4K pages before whole 2M blocks, the blocks, 4K pages behind. Returns how many before one that faults."""
+        n = count(gfns)
+        large, _ = split_2m(gfns)
+        if not count(large):
+            return self._rescind_4k(vm, gfns, pfns)
+        low, high = first(large) - first(gfns), last(large) + PAGES_2M - first(gfns)
+        done = self._rescind_4k(vm, part(gfns, 0, low), part(pfns, 0, low))
+        if done == low:
+            done += self._rescind_2m(vm, large, part(gfns, low, high), part(pfns, low, high))
+        if done == high:
+            done += self._rescind_4k(vm, part(gfns, high, n), part(pfns, high, n))
+        return done
+
+    def _rescind_2m(self, vm: VmView, large: Sel, gfns: Sel, pfns: Sel) -> int:
+        """PVALIDATE(0) of blocks, and in 4K of those that the RMP has as small pages. Returns as `_rescind_4k`."""
+        frames = contiguous(array_of(pfns)[::PAGES_2M], PAGES_2M)
+        answer = vm.host.hw.rmp.pvalidate(
+            frames, large, asid=vm.key, validate=False, level=PG_LEVEL_2M, stop_at=_PVALIDATE_FAULTS
+        )
+        done, small = count(large), np.zeros(0, np.int64)
+        if not isinstance(answer, int):
+            done = _leading(~np.isin(answer, [*_PVALIDATE_FAULTS, RmpStatus.NOT_REACHED]))
+            fallen = np.flatnonzero(answer[:done] == RmpStatus.FAIL_SIZEMISMATCH)
+            small = array_of(expand(contiguous(fallen << 9, PAGES_2M), 9))
+        elif answer in _PVALIDATE_FAULTS:
+            done = 0
+        vm.host.meter.op("PVALIDATE", "pvalidate_2m", done)
+        if len(small):
+            fine = self._rescind_4k(vm, contiguous(array_of(gfns)[small]), contiguous(array_of(pfns)[small]))
+            if fine < len(small):
+                return int(small[fine])
+        return done << 9
+
+    def _rescind_4k(self, vm: VmView, gfns: Sel, pfns: Sel) -> int:
+        """PVALIDATE(0) in 4K. Returns how many pages before one that faults.
 
         NO_CHANGE is fine here: a page that was not validated is as shared as it can be.
         """
-        status, pfns, _ = vm.walk(gfns, True)
         n = count(gfns)
-        if not isinstance(status, int):
-            mapped = status == Walk.OK
-            n = n if np.count_nonzero(mapped) == n else int(np.argmin(mapped))
-        elif status != Walk.OK:
+        if not n:
+            return 0
+        answer = vm.host.hw.rmp.pvalidate(pfns, gfns, asid=vm.key, validate=False, stop_at=_PVALIDATE_FAULTS)
+        if not isinstance(answer, int):
+            n = _leading(~np.isin(answer, _PVALIDATE_FAULTS))
+        elif answer in _PVALIDATE_FAULTS:
             n = 0
-        if n == 0:
-            return Refault(first(gfns))
-        gfns, pfns = part(gfns, 0, n), part(pfns, 0, n)
-        large, small = split_2m(gfns)
-        if count(large):
-            frames = contiguous(array_of(pfns)[array_of(large) - first(gfns)], PAGES_2M)
-            answer = vm.host.hw.rmp.pvalidate(frames, large, asid=vm.key, validate=False, level=PG_LEVEL_2M)
-            vm.host.meter.op("PVALIDATE", "pvalidate_2m", count(large))
-            if not isinstance(answer, int):
-                fallen = array_of(large)[answer == RmpStatus.FAIL_SIZEMISMATCH]
-                again = array_of(expand(contiguous(fallen, PAGES_2M), 9))
-                small = contiguous(np.sort(np.concatenate([array_of(small), again])))
-        if count(small):
-            frames = pfns if count(small) == n else contiguous(array_of(pfns)[array_of(small) - first(gfns)])
-            yield from self._rescind_4k(vm, frames, small)
-        return gfns
-
-    def _rescind_4k(self, vm: VmView, pfns: Sel, gfns: Sel) -> Steps[None]:
-        """PVALIDATE(0) in 4K. A 2M page of the RMP faults; the host breaks it (the conversion zaps the mapping)."""
-        host = vm.host
-        host.meter.op("PVALIDATE", "pvalidate_4k", count(gfns))
-        for _ in range(_FAULTS):
-            answer = host.hw.rmp.pvalidate(pfns, gfns, asid=vm.key, validate=False)
-            if isinstance(answer, int):
-                answer = np.full(count(gfns), answer, np.uint8)
-            faulted = answer == RmpStatus.NPF_SIZEM
-            if not np.count_nonzero(faulted):
-                return
-            pfns, gfns = contiguous(array_of(pfns)[faulted]), where(gfns, faulted)
-            regions = np.unique(array_of(pfns) & ~(PAGES_2M - 1))
-            host.meter.charge("vm_exit", len(regions))
-            yield from snp_rmptable_psmash(host, contiguous(regions, PAGES_2M))
-        raise InvariantViolation("a page of 2M cannot be smashed, so its guest faults for ever", gfn=first(gfns))
+        vm.host.meter.op("PVALIDATE", "pvalidate_4k", n)
+        return n
 
     @hookimpl
     def host_access(self, host: HostView, pfns: Sel, write: bool, mode: HostMode) -> HostVerdict:

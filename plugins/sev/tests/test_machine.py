@@ -13,9 +13,9 @@ from cvmcore.pages import run
 from cvmcore.plugins import load_backend
 from cvmcore.runner import load_profile_for
 from cvmcore.testing.machine import run_machine
-from cvmcore.types import GuestException, MemoryFault, Mmio
+from cvmcore.types import GuestException, MapGpaRange, MemoryFault, Mmio
 from cvmcore.uapi import Process
-from cvmcore.vcpu import Accept, Touch
+from cvmcore.vcpu import Accept, Convert, Touch
 
 MIB = 1 << 20
 
@@ -94,6 +94,63 @@ def test_a_2m_accept_of_a_2m_entry_is_one_pvalidate_whatever_the_attributes_say(
     assert (ops["PVALIDATE"], ops.get("PSMASH")) == (1, 1)
     leave = m.vcpus[0].run(Touch(run(5, 1), write=True, stamps=8))
     assert isinstance(leave, MemoryFault) and leave.gfn == 5
+
+
+def spent(m, action):
+    """What one KVM_RUN of the action costs: vendor operations and charges."""
+    meter = m.host.meter
+    ops, counts = meter.ops.copy(), meter.counts.copy()
+    leave = m.vcpus[0].run(action)
+    return leave, {
+        name: n - old.get(name, 0) for now, old in ((meter.ops, ops), (meter.counts, counts)) for name, n in now.items()
+    }
+
+
+def test_part_of_a_2m_page_is_shared_by_way_of_kvms_fault_handler():
+    """The first PVALIDATE faults: KVM finds the page mapped, breaks the RMP entry, zaps 2M from the page on in a frame
+    of its own, and the guest faults in page by page what it shares."""
+    m = machine("snp", backing="2m")
+    m.guest.write(run(0, 2048))
+    vm = m.vm.vm
+    seq = vm.frame.seq
+    leave, cost = spent(m, Convert(run(100, 20), private=False))
+    assert isinstance(leave, MapGpaRange) and (leave.gfns, leave.exits) == (run(100, 20), 1)
+    wanted = {"PSMASH": 1, "PVALIDATE": 20, "SNP_PSC": 1, "fault_fixed": 1 + 20, "vm_exit": 1 + 20 + 1}
+    assert {name: cost[name] for name in wanted} == wanted
+    assert cost["tlb_flush_base"] == 1 and vm.frame.seq == seq + 1 and not vm.frame.in_progress
+    levels = [vm.tdp.direct.level_at(gfn) for gfn in (99, 100, 119, 120, 512, 611, 1023, 1024)]
+    assert levels == [0, 1, 1, 0, 0, 0, 0, 2]  # [100, 612) touches the block behind
+    m.handle(leave, m.vcpus[0])
+    m.guest.shared[100:120] = 1
+    assert m.guest.check() == []
+
+
+def test_a_2m_mapping_of_a_broken_entry_is_split_by_the_common_fault():
+    """Somebody has broken the entry, and the mapping is still large: the handler finds 4K and takes it for spurious."""
+    m = machine("snp", backing="2m")
+    m.guest.write(run(0, 512))
+    vm = m.vm.vm
+    m.host.hw.rmp.psmash(run(vm.walk(run(0, 1), True)[1].start, 1))
+    _, cost = spent(m, Touch(run(7, 1), write=False))
+    assert not cost.get("PSMASH") and cost["vm_exit"] == 1 and cost["hugepage_split"] == 1
+    assert vm.tdp.direct.level_at(7) == vm.tdp.direct.level_at(500) == 1
+
+
+def test_a_conversion_that_user_space_interrupts_goes_on_where_it_was():
+    """Pages that the attribute says are shared cannot be mapped to be rescinded: user space is asked, once each."""
+    m = machine("snp")
+    m.guest.write(run(0, 16))
+    m.set_private(run(6, 2), False)
+    action = Convert(run(4, 6), private=False)
+    before = m.host.meter.ops["PVALIDATE"]
+    leaves = []
+    while (leave := m.vcpus[0].run(action)) is not None:
+        leaves.append(leave)
+        if isinstance(leave, MemoryFault):
+            m.set_private(slice(leave.gfn, leave.gfn + 1, 1), True)
+    assert [type(leave) for leave in leaves] == [MemoryFault, MemoryFault, MapGpaRange]
+    assert m.host.meter.ops["PVALIDATE"] - before == 6 and action.begun == 0
+
 
 
 # ---- unpinned encrypted pages ----------------------------------------------------------------------------------------
