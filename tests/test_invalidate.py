@@ -334,6 +334,20 @@ def test_migration_moves_content_and_refaults() -> None:
 
 
 @pytest.mark.assumes(needs_pin=False)
+@pytest.mark.parametrize("pinned", [0, 7])
+def test_a_pin_anywhere_in_a_large_page_holds_all_of_it(pinned: int) -> None:
+    """A folio with a pin is not migrated, whichever of its pages is asked for; the one beside it is."""
+    box = Box(DEFAULT, 1024, backing="2m")
+    box.touch(slice(0, 1024, 1))
+    pfn = box.pfn(0)
+    box.host.frames.pin(slice(pfn + pinned, pfn + pinned + 1, 1))
+
+    assert box.process.migrate_pages(box.hva + 500 * PAGE, 100 * PAGE) == 88
+    assert box.read(slice(0, 1024, 1)) == [1000 + i for i in range(1024)]
+    box.host.frames.unpin(slice(pfn + pinned, pfn + pinned + 1, 1))
+
+
+@pytest.mark.assumes(needs_pin=False)
 def test_migration_on_a_full_host_closes_its_frame() -> None:
     """As many pages move as there are free frames; the guest goes on."""
     box = Box(DEFAULT, 16)

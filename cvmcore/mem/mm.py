@@ -241,7 +241,7 @@ class Mm:
 
     def migrate(self, hva: int, size_bytes: int) -> Steps[int]:
         """The host compacts: each present page that is not pinned moves to another frame, as long as there are free
-        ones. Returns pages moved.
+        ones. Returns pages moved. A large page moves where no page of it is pinned.
 
         Content is copied as the host sees it, so an encrypted page arrives as noise (reference: sev.md 1).
         """
@@ -253,7 +253,7 @@ class Mm:
             index = slice(start - mapping.start, start - mapping.start + n, 1)
             words = mapping.words[index]
             movable = np.flatnonzero(words)
-            movable = movable[self.host.frames.pins[words[movable] >> 5] == 0]
+            movable = movable[~self._pinned(words[movable])]
             movable = movable[: self.host.frames.available]
             if len(movable):
                 pages = contiguous(movable + index.start)
@@ -271,6 +271,17 @@ class Mm:
 
         yield from self._notify(start, n, move())
         return moved
+
+    def _pinned(self, words: Words) -> npt.NDArray[np.bool_]:
+        """Whether each page is held where it is: a pin anywhere in a large page holds all of it (one folio)."""
+        pins, frames = self.host.frames.pins, words >> np.uint32(5)
+        pinned: npt.NDArray[np.bool_] = pins[frames] != 0
+        large = np.flatnonzero(words & np.uint32(HUGE))
+        if len(large):
+            blocks, at = np.unique(frames[large] >> 9, return_inverse=True)
+            held = np.any(pins[(blocks[:, None] << 9) + np.arange(512, dtype=np.uint32)], axis=1)
+            pinned[large] |= held[at]
+        return pinned
 
     def unmap(self, hva: int, size_bytes: int) -> Steps[None]:
         """munmap: whatever is mapped in the range goes, mappings are cut at its ends.

@@ -1,10 +1,13 @@
-"""A hypothesis state machine over the whole UAPI of one small VM, and a model in plain Python beside it.
+"""A hypothesis state machine over the whole UAPI of one small VM, and a model beside it.
 
 `uapi_machine(backend)` gives a `RuleBasedStateMachine`: hypothesis makes up sequences of what a VMM, a guest and the
-host's memory management may do, in any order. The model knows what stands in every page (dicts, one page at a time)
+host's memory management may do, in any order. The model knows what stands in every page (arrays, one element per page)
 and which errno or exit each call must give; it asks a VM type's capabilities what is lost and when, nothing else.
-After every step the content of all pages that the model knows is compared with what stands in memory, and all
+After every action the content of all pages that the model knows is compared with what stands in memory, and all
 invariants are looked at (`cvmcore.testing.invariants`).
+
+What may be done are the methods marked `@action`. Hypothesis is asked for little, since every choice that it draws
+costs as much as a call of the model: one number is one action with its arguments, and one rule is `BURST` of them.
 
 Needs hypothesis (`pip install cvmcore[test]`).
 """
@@ -12,29 +15,35 @@ Needs hypothesis (`pip install cvmcore[test]`).
 from __future__ import annotations
 
 import errno
+import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeAlias
+from functools import cache
+from typing import Any, ClassVar, TypeVar
 
 import attrs
 import numpy as np
-from hypothesis import HealthCheck, Phase, settings
+import numpy.typing as npt
+from hypothesis import HealthCheck, Phase, note, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from cvmcore.backend import Backend
+from cvmcore.cost import Profile
 from cvmcore.errors import InvariantViolation, UapiError
 from cvmcore.host import Host
 from cvmcore.mem.gmem import EHWPOISON, GmemInode
+from cvmcore.mem.tdp import FRAME_SHIFT, PRESENT, TABLE
 from cvmcore.memory import SCRAMBLED
 from cvmcore.observers import FaultInjector, Log
-from cvmcore.pages import Sel, array_of, as_sel
+from cvmcore.pages import IntArray, array_of, as_sel
 from cvmcore.plugins import load_backend
 from cvmcore.runner import load_profile_for
 from cvmcore.sched import Lockdep
 from cvmcore.testing.invariants import Checker, Step
 from cvmcore.testing.recorder import Recorder
+from cvmcore.testing.state import Bools
 from cvmcore.types import (
     GUEST_MEMFD_FLAG_INIT_SHARED,
     GUEST_MEMFD_FLAG_MMAP,
@@ -43,7 +52,9 @@ from cvmcore.types import (
     KVM_MEM_READONLY,
     KVM_MEMORY_ATTRIBUTE_PRIVATE,
     PAGE_BYTES,
+    PG_LEVEL_1G,
     PG_LEVEL_2M,
+    PG_LEVEL_4K,
     ExitReason,
     Fatal,
     GuestException,
@@ -54,6 +65,7 @@ from cvmcore.types import (
     Retry,
     Shutdown,
     Stopped,
+    order_of,
 )
 from cvmcore.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, Process
 from cvmcore.vcpu import Accept, Convert, Touch
@@ -66,8 +78,10 @@ NR_FRAMES = 1 << 14
 SLOTS = 4
 MOST_FILES = 4
 
-Content: TypeAlias = "dict[int, tuple[int | None, bool]]"
-"""What stands in a page: the stamp (None: nobody can say) and whether it was written as private."""
+UNKNOWN, ABSENT = -1, -2
+"""Instead of a stamp: nobody can say what stands in the page; nobody wrote it yet."""
+MMIO = -1
+"""Instead of an errno: the access leaves as MMIO."""
 
 PUNCH = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 BLAME = {"punch": 19, "convert": 20, "set_memory_attributes": 20, "memslot": 22, "close": 28}
@@ -89,16 +103,86 @@ FATAL = {"topup": errno.ENOMEM, "gmem_prepare": errno.EIO}
 SPLITS_WHERE_IT_CAN = ("write", "read", "accept", "prefault", "split")
 """Calls that do not fail where a page cannot be split: faults are tried again, and dirty logging leaves it large."""
 
-edges = st.sampled_from([0, 1, 100, 255, 256, 500, 511, 512, 513, 700, 1000, 1023, 1024, 1100, 1535, 1536, 2000, 2047])
-runs = st.builds(
-    lambda start, n: range(start, min(END, start + n)), edges, st.sampled_from([1, 1, 2, 3, 13, 64, 300, 512, 600])
-)
-scattered = st.lists(st.integers(0, END - 1), min_size=1, max_size=6, unique=True).map(sorted)
-pages = st.one_of(runs.map(list), scattered)
-seldom = st.sampled_from([False, False, False, True])
-bases = st.sampled_from([0, 256, 512, 700, 1024, 1100, 1536])
-skews = st.sampled_from([0, 0, 256, 3])
-sizes = st.sampled_from([1, 64, 256, 512, 700, 1024])
+BURST = 8
+"""Actions in one rule, at most."""
+PICKS = 1 << 24
+"""Numbers that an action is picked with: hypothesis draws all of so many alike."""
+SWARMS = 64
+"""Choices of actions that an example makes do with; the first quarter has them all."""
+
+EDGES = (0, 1, 100, 255, 256, 500, 511, 512, 513, 700, 1000, 1023, 1024, 1100, 1535, 1536, 2000, 2047)
+RUNS = [range(start, min(END, start + n)) for n in (1, 1, 2, 3, 13, 64, 300, 512, 600) for start in EDGES]
+_chance = random.Random(1)
+SCATTERED = [np.array(sorted(_chance.sample(range(END), 1 + i % 6))) for i in range(len(RUNS))]
+PAGES: list[IntArray] = [np.arange(run.start, run.stop) for run in RUNS] + SCATTERED
+YES_NO = (False, True)
+BASES = (0, 256, 512, 700, 1024, 1100, 1536)
+SKEWS = (0, 0, 256, 3)
+SIZES = (1, 64, 256, 512, 700, 1024)
+
+F = TypeVar("F", bound="Callable[..., None]")
+
+
+@attrs.frozen
+class Action:
+    """A method that the machine may call: `when` says whether this VM has it, `choices` the values of each argument,
+    simplest first."""
+
+    name: str
+    when: Callable[[Any], bool]
+    choices: dict[str, Sequence[Any]]
+    seldom: bool = False
+    """Whether it comes up a quarter as often as others."""
+
+    def arguments(self, number: int) -> dict[str, Any]:
+        """The arguments that a number stands for: 0 for the first of each."""
+        found = {}
+        for name, values in self.choices.items():
+            number, at = divmod(number, len(values))
+            found[name] = values[at]
+        return found
+
+
+def action(
+    when: Callable[[Any], bool] = lambda machine: True, /, seldom: bool = False, **choices: Sequence[Any]
+) -> Callable[[F], F]:
+    """Marks a method of a `UapiMachine` as an `Action`."""
+
+    def mark(method: F) -> F:
+        setattr(method, "action", Action(method.__name__, when, choices, seldom))  # noqa: B010
+        return method
+
+    return mark
+
+
+@attrs.frozen
+class Said:
+    """An action with its arguments, as a failure shows it."""
+
+    name: str
+    arguments: dict[str, Any]
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        values = {k: as_sel(v) if isinstance(v, np.ndarray) else v for k, v in self.arguments.items()}
+        printer.text(f"    {self.name}({', '.join(f'{name}={value}' for name, value in values.items())})")
+
+
+class Content:
+    """What stands in pages, one element each: the stamp (int64, or UNKNOWN, or ABSENT) and whether it was written as
+    private (bool)."""
+
+    def __init__(self, npages: int) -> None:
+        self.stamp = np.full(npages, ABSENT)
+        self.private = np.zeros(npages, bool)
+
+    def put(self, pages: Any, stamps: Any, private: Any) -> None:
+        """So it was written."""
+        self.stamp[pages] = stamps
+        self.private[pages] = private
+
+    def drop(self, pages: Any) -> None:
+        """It is as if nobody had written it."""
+        self.stamp[pages] = ABSENT
 
 
 @attrs.define(eq=False)
@@ -111,11 +195,20 @@ class File:
     fds: list[int]
     hva: int = 0
     """Where the VMM has mapped it; 0: nowhere."""
-    content: Content = attrs.field(factory=dict)
-    accepted: set[int] = attrs.field(factory=set)
-    poisoned: set[int] = attrs.field(factory=set)
+    content: Content = attrs.field(init=False)
+    accepted: Bools = attrs.field(init=False)
+    poisoned: Bools = attrs.field(init=False)
     delta: int | None = None
     """gfn minus index of its first binding: where a page has an owner who knows its gfn, it stays at it."""
+
+    def __attrs_post_init__(self) -> None:
+        self.content = Content(self.npages)
+        self.accepted, self.poisoned = np.zeros(self.npages, bool), np.zeros(self.npages, bool)
+
+    def lose(self, pages: Any) -> None:
+        """Nothing stands in these pages any more."""
+        self.content.drop(pages)
+        self.accepted[pages] = False
 
     @property
     def open(self) -> bool:
@@ -134,17 +227,21 @@ class Slot:
     file: File | None = None
     pgoff: int = 0
     gmem_only: bool = False
-    written: set[int] = attrs.field(factory=set)
-    """gfns that the guest wrote since the dirty log was last read."""
-    touched: set[int] = attrs.field(factory=set)
-    """gfns that anybody faulted in since then."""
+    written: Bools = attrs.field(init=False)
+    """Its pages that the guest wrote since the dirty log was last read."""
+    touched: Bools = attrs.field(init=False)
+    """Its pages that anybody faulted in since then."""
 
-    def __contains__(self, gfn: int) -> bool:
-        return self.base <= gfn < self.base + self.npages
+    def __attrs_post_init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """The dirty log begins anew."""
+        self.written, self.touched = np.zeros(self.npages, bool), np.zeros(self.npages, bool)
 
     @property
-    def gfns(self) -> range:
-        return range(self.base, self.base + self.npages)
+    def gfns(self) -> slice:
+        return slice(self.base, self.base + self.npages)
 
 
 class OneShot(FaultInjector):
@@ -161,8 +258,13 @@ class OneShot(FaultInjector):
         return self.hook if self.seen else ""
 
 
+@cache
+def _prices(backend: Backend) -> Profile:
+    return load_profile_for(backend, None)
+
+
 class UapiMachine(RuleBasedStateMachine):
-    """The rules; `uapi_machine` binds them to a backend."""
+    """The actions; `uapi_machine` binds them to a backend."""
 
     backend: ClassVar[Backend]
     host_options: ClassVar[dict[str, Any]]
@@ -173,7 +275,7 @@ class UapiMachine(RuleBasedStateMachine):
         super().__init__()
         self.injector = OneShot()
         self.host = Host(
-            self.backend, load_profile_for(self.backend, None), nr_frames=NR_FRAMES, observers=[Log(8), self.injector],
+            self.backend, _prices(self.backend), nr_frames=NR_FRAMES, observers=[Log(8), self.injector],
             drive=Lockdep(), **self.host_options,
         )
         self.checker = Checker.on(self.host)
@@ -193,17 +295,19 @@ class UapiMachine(RuleBasedStateMachine):
         mapping = self.process.mm.find(self.area >> 12)
         assert mapping is not None
         self.mapping = mapping
-        self.vmm: Content = {}
+        self.vmm = Content(END)
         """The VMM's memory by page."""
-        self.detached: Content = {}
+        self.detached = Content(END)
         """By gfn: pages that the guest keeps, though the VMM's memory has another one there by now."""
         self.regions: list[tuple[int, int]] = []
         """(hva, size) that the VMM has registered."""
         self.files: list[File] = []
         self.slots: dict[int, Slot] = {}
-        self.private: set[int] = set()
+        self.owner = np.full(END, -1)
+        """Id of the slot at each gfn, -1 where there is none."""
+        self.private = np.zeros(END, bool)
         """gfns whose attribute is private."""
-        self.guest_shared: set[int] = set()
+        self.guest_shared = np.zeros(END, bool)
         """gfns that a guest without attributes uses as shared."""
         self.ran = False
         self.stamp = 1
@@ -218,72 +322,128 @@ class UapiMachine(RuleBasedStateMachine):
             self.create_slot(0, 0, FIRST, 0, False, 0, 0)
         self.vcpus = [self.fd.create_vcpu(i) for i in range(2)]
         self.fd.launch_finish()
+        members = [getattr(type(self), name) for name in dir(type(self))]
+        mine = [member.action for member in members if hasattr(member, "action") and member.action.when(self)]
+        self.actions: list[Action] = [one for one in mine for _ in range(1 if one.seldom else 4)]
+        self.swarm = self.actions
+
+    # ---- what hypothesis draws ------------------------------------------------------------------------------------
+
+    @initialize(number=st.integers(0, SWARMS - 1))
+    def choose(self, number: int) -> None:
+        """Some examples have few kinds of actions, and so more of each: some bugs need that."""
+        chance = random.Random(number)
+        names = {one.name for one in self.actions if chance.random() < 0.5}
+        few = [one for one in self.actions if one.name in names]
+        self.swarm = few if few and number >= SWARMS // 4 else self.actions
+
+    @rule(picks=st.tuples(*[st.integers(0, PICKS - 1)] * BURST))
+    def burst(self, picks: tuple[int, ...]) -> None:
+        """Some actions, one after the other; 0 is to do nothing."""
+        for pick in filter(None, picks):
+            number, which = divmod(pick - 1, len(self.actions))
+            one = self.actions[which]
+            if one not in self.swarm:
+                one = self.swarm[which % len(self.swarm)]
+            arguments = one.arguments(number)
+            note(Said(one.name, arguments))
+            getattr(self, one.name)(**arguments)
+            self.content_is_intact()
 
     # ---- the model ----------------------------------------------------------------------------------------------
-
-    def slot_at(self, gfn: int) -> Slot | None:
-        return next((slot for slot in self.slots.values() if gfn in slot), None)
 
     def from_gmem(self, slot: Slot, private: bool) -> bool:
         return slot.gmem_only or (private and self.caps.private_by_attribute)
 
-    def place(self, gfn: int, private: bool) -> tuple[Content, int] | None:
-        """Where the content of a gfn is kept for this kind of access."""
-        slot = self.slot_at(gfn)
-        if slot is None:
-            return None
-        if self.from_gmem(slot, private):
-            return (slot.file.content, gfn - slot.base + slot.pgoff) if slot.file is not None else None
-        if gfn in self.detached:
-            return self.detached, gfn
-        return self.vmm, gfn - slot.base + slot.page
+    def at_slots(self, gfns: IntArray) -> Iterator[tuple[Slot, IntArray]]:
+        """The slots that gfns lie in, each with the positions of those in it."""
+        owner = self.owner[gfns]
+        for slot in self.slots.values():
+            at = np.flatnonzero(owner == slot.id)
+            if len(at):
+                yield slot, at
 
-    def kind_of(self, gfn: int) -> bool:
-        """Whether the guest's own access to a gfn is private."""
+    def places(self, gfns: IntArray, private: bool) -> Iterator[tuple[Content, IntArray, IntArray]]:
+        """Where the content of gfns is kept for this kind of access: store, positions of gfns, pages of the store."""
+        for slot, at in self.at_slots(gfns):
+            pages = gfns[at] - slot.base
+            if self.from_gmem(slot, private):
+                if slot.file is not None:
+                    yield slot.file.content, at, pages + slot.pgoff
+                continue
+            away = self.detached.stamp[gfns[at]] != ABSENT
+            if np.count_nonzero(away):
+                yield self.detached, at[away], gfns[at[away]]
+                at, pages = at[~away], pages[~away]
+            yield self.vmm, at, pages + slot.page
+
+    def kinds_of(self, gfns: IntArray) -> Bools:
+        """Whether the guest's own access to each gfn is private."""
         if self.caps.private_by_attribute:
-            return gfn in self.private
-        return self.two_kinds and gfn not in self.guest_shared
+            return self.private[gfns]
+        return ~self.guest_shared[gfns] if self.two_kinds else np.zeros(len(gfns), bool)
 
-    def expected(self, gfn: int, private: bool) -> int | None:
-        """What a read of the gfn must find; None where nobody can say."""
-        place = self.place(gfn, private)
-        assert place is not None
-        store, key = place
-        if key not in store:
-            return 0 if self.caps.fresh_is_zero or not private else None
-        stamp, kind = store[key]
-        return None if kind != private and self.caps.encrypts else stamp
+    def expected(self, gfns: IntArray, private: bool) -> IntArray:
+        """What a read of each gfn must find; UNKNOWN where nobody can say."""
+        found = np.full(len(gfns), UNKNOWN)
+        fresh = 0 if self.caps.fresh_is_zero or not private else UNKNOWN
+        for store, at, pages in self.places(gfns, private):
+            stamps = store.stamp[pages]
+            if self.caps.encrypts:
+                stamps[(store.private[pages] != private) & (stamps != ABSENT)] = UNKNOWN
+            stamps[stamps == ABSENT] = fresh
+            found[at] = stamps
+        return found
 
-    def mapped(self, gfn: int, private: bool) -> bool:
-        level: int = self.vm.tdp.root_for(private).level_at(gfn)
-        return level > 0
+    def frames_at(self, gfns: IntArray, private: bool) -> IntArray:
+        """The frame that a leaf maps each gfn to, 0 where none does."""
+        root = self.vm.tdp.root_for(private)
+        found = np.zeros(len(gfns), np.int64)
+        for level in (PG_LEVEL_4K, PG_LEVEL_2M, PG_LEVEL_1G):
+            index = gfns >> order_of(level)
+            inside = index < len(root.entries[level])
+            words = np.where(inside, root.entries[level][np.where(inside, index, 0)], 0) if inside.any() else inside
+            leaf = (words & np.uint32(PRESENT | TABLE)) == PRESENT
+            found[leaf] = (words[leaf] >> np.uint32(FRAME_SHIFT)) + (gfns[leaf] & ((1 << order_of(level)) - 1))
+        return found
 
-    def trouble(self, gfn: int, private: bool, write: bool) -> tuple[str, int] | None:
-        """How a fault on the gfn ends where it cannot be resolved: ("fault" or "mmio", errno)."""
-        slot = self.slot_at(gfn)
-        if self.caps.private_by_attribute and private != (gfn in self.private):
-            return "fault", errno.EFAULT
-        if slot is None:
-            return ("fault", errno.EFAULT) if private and self.caps.private_by_attribute else ("mmio", 0)
-        if write and slot.flags & KVM_MEM_READONLY:
-            return "mmio", 0
-        if self.from_gmem(slot, private):
-            if slot.file is None:
-                return "fault", errno.EFAULT
-            if gfn - slot.base + slot.pgoff in slot.file.poisoned:
-                return "fault", EHWPOISON
-        return None
+    def trouble(self, gfns: IntArray, private: bool, write: bool) -> IntArray:
+        """How a fault on each gfn ends: 0 where it can be resolved, else the errno of a memory fault, or MMIO."""
+        by_attribute = self.caps.private_by_attribute
+        owner = self.owner[gfns]
+        found = np.where(owner < 0, errno.EFAULT if private and by_attribute else MMIO, 0)
+        for slot in self.slots.values():
+            if write and slot.flags & KVM_MEM_READONLY:
+                found[owner == slot.id] = MMIO
+            elif self.from_gmem(slot, private):
+                mine = np.flatnonzero(owner == slot.id)
+                if slot.file is None:
+                    found[mine] = errno.EFAULT
+                else:
+                    found[mine[slot.file.poisoned[gfns[mine] - slot.base + slot.pgoff]]] = EHWPOISON
+        if by_attribute:
+            found[self.private[gfns] != private] = errno.EFAULT
+        return found
 
-    def accepted(self, gfn: int) -> bool:
-        slot = self.slot_at(gfn)
-        return slot is not None and slot.file is not None and gfn - slot.base + slot.pgoff in slot.file.accepted
+    def accepted(self, gfns: IntArray) -> Bools:
+        """Whether each gfn's page was accepted."""
+        found = np.zeros(len(gfns), bool)
+        for slot, at in self.at_slots(gfns):
+            if slot.file is not None:
+                found[at] = slot.file.accepted[gfns[at] - slot.base + slot.pgoff]
+        return found
 
-    def zap(self, file: File, indexes: Iterable[int]) -> None:
+    def touched(self, gfns: IntArray, *, written: bool = False) -> None:
+        """Somebody faulted these gfns in, or wrote them: a dirty log may, or must, have them."""
+        for slot, at in self.at_slots(gfns):
+            slot.touched[gfns[at] - slot.base] = True
+            if written:
+                slot.written[gfns[at] - slot.base] = True
+
+    def zap(self, file: File, indexes: Any) -> None:
         """Private pages lose their mappings: where that is all that they are, their content."""
         if self.caps.zap_destroys_content:
-            for index in indexes:
-                file.content.pop(index, None)
-                file.accepted.discard(index)
+            file.lose(indexes)
 
     def next_stamp(self) -> int:
         self.stamp += 1
@@ -313,8 +473,7 @@ class UapiMachine(RuleBasedStateMachine):
             names = ", ".join(errno.errorcode.get(e, "success") for e in allowed)
             raise AssertionError(f"{name} {arguments}: expected {names}, got {step.error or 'success'}")
 
-    @precondition(lambda self: any(map(self.host.ops.has, INJECTED)))
-    @rule(pick=st.integers(0, 5))
+    @action(lambda self: any(map(self.host.ops.has, INJECTED)), pick=range(6))
     def inject(self, pick: int) -> None:
         """The next call of a hook fails."""
         hooks = [hook for hook in sorted(INJECTED) if self.host.ops.has(hook)]
@@ -335,22 +494,29 @@ class UapiMachine(RuleBasedStateMachine):
             for file in self.files:
                 self._compare(file.content, file.inode.words)
             self._compare(self.vmm, self.mapping.words)
-            for gfn, (stamp, private) in self.detached.items():
-                _, pfns, _ = self.vm.tdp.root_for(private).lookup(slice(gfn, gfn + 1, 1), False)
-                self._compare({0: (stamp, private)}, array_of(pfns) << 5)
+            if np.count_nonzero(self.detached.stamp != ABSENT):
+                self._compare(self.detached, self._detached_words())
 
-    def _compare(self, content: Content, words: Any) -> None:
+    def _detached_words(self) -> npt.NDArray[np.uint32]:
+        """The words of the frames that the tables have for the gfns that are detached."""
+        words = np.zeros(END, np.uint32)
         for private in (False, True):
-            known = [(key, stamp) for key, (stamp, kind) in content.items() if stamp is not None and kind == private]
-            if not known:
+            gfns = np.flatnonzero((self.detached.stamp != ABSENT) & (self.detached.private == private))
+            if len(gfns):
+                words[gfns] = self.frames_at(gfns, private) << 5
+        return words
+
+    def _compare(self, content: Content, words: npt.NDArray[np.uint32]) -> None:
+        for private in (False, True):
+            index = np.flatnonzero((content.stamp >= 0) & (content.private == private))
+            if not len(index):
                 continue
-            index, stamps = (np.array(column) for column in zip(*known, strict=True))
-            frames = (words[index] >> 5).astype(np.int64)
+            frames = (words[index] >> np.uint32(FRAME_SHIFT)).astype(np.int64)
+            stamps = content.stamp[index]
             # A page of zeros that nobody touched has no frame yet.
-            found = np.where(frames, self.host.memory.read(frames, self.vm.key if private else 0), 0)
-            wrong = np.flatnonzero(found != stamps)
-            if len(wrong):
-                i = int(wrong[0])
+            found = self.host.memory.read(frames, self.vm.key if private else 0) * (frames != 0)
+            if np.count_nonzero(wrong := found != stamps):
+                i = int(np.argmax(wrong))
                 raise InvariantViolation(
                     f"a page lost its content in {self.last}", number=BLAME.get(self.last, 0), pfn=int(frames[i]),
                     states={"index": int(index[i]), "holds": _say(int(found[i])), "was": _say(int(stamps[i]))},
@@ -359,8 +525,7 @@ class UapiMachine(RuleBasedStateMachine):
 
     # ---- guest_memfd --------------------------------------------------------------------------------------------
 
-    @precondition(lambda self: self.caps.gmem_backed)
-    @rule(npages=st.sampled_from([256, 512, 700, 1024]), flags=st.sampled_from([0, 0, 1, 3, 4]))
+    @action(lambda self: self.caps.gmem_backed, npages=(256, 512, 700, 1024), flags=(0, 0, 1, 3, 4))
     def create_file(self, npages: int, flags: int) -> None:
         """KVM_CREATE_GUEST_MEMFD."""
         known = GUEST_MEMFD_FLAG_MMAP | (GUEST_MEMFD_FLAG_INIT_SHARED if self.caps.gmem_init_shared else 0)
@@ -378,8 +543,7 @@ class UapiMachine(RuleBasedStateMachine):
         files = [file for file in self.files if file.fds]
         return files[pick % len(files)] if files else None
 
-    @precondition(lambda self: self.caps.gmem_backed)
-    @rule(pick=st.integers(0, 3))
+    @action(lambda self: self.caps.gmem_backed, pick=range(4))
     def dup(self, pick: int) -> None:
         """dup(2): the file lives until its last descriptor is closed."""
         if (file := self._file(pick)) is not None and len(file.fds) < 3:
@@ -387,11 +551,10 @@ class UapiMachine(RuleBasedStateMachine):
                 step.result = self.process.dup(file.fds[0])
             file.fds.append(step.result)
 
-    @precondition(lambda self: self.steps > 8)
-    @rule(pick=st.integers(0, 3), sure=seldom)
-    def close(self, pick: int, sure: bool) -> None:
+    @action(lambda self: self.caps.gmem_backed, seldom=True, pick=range(4))
+    def close(self, pick: int) -> None:
         """close(2): the last one releases the file, and its memory."""
-        if not sure or (file := self._file(pick)) is None:
+        if self.steps <= 8 or (file := self._file(pick)) is None:
             return
         fd = file.fds.pop()
         with self.call("close"):
@@ -404,8 +567,7 @@ class UapiMachine(RuleBasedStateMachine):
         with self.call("close", 0 if fd in self.process.files else errno.EBADF):
             self.process.dup(fd) if fd in self.process.files else self.process.close(fd)
 
-    @precondition(lambda self: self.caps.gmem_backed)
-    @rule(pick=st.integers(0, 3), run=runs)
+    @action(lambda self: self.caps.gmem_backed, pick=range(4), run=RUNS)
     def punch(self, pick: int, run: range) -> None:
         """fallocate(PUNCH_HOLE)."""
         if (file := self._file(pick)) is None:
@@ -414,13 +576,10 @@ class UapiMachine(RuleBasedStateMachine):
         with self.call("punch", inode=file.inode, start=run.start, n=n) as step:
             self.process.fallocate(file.fds[0], PUNCH, run.start * PAGE_BYTES, len(run) * PAGE_BYTES)
         if step.error is None:
-            for index in range(run.start, run.start + n):
-                file.content.pop(index, None)
-                file.accepted.discard(index)
-                file.poisoned.discard(index)
+            file.lose(slice(run.start, run.start + n))
+            file.poisoned[run.start : run.start + n] = False
 
-    @precondition(lambda self: self.caps.gmem_backed)
-    @rule(pick=st.integers(0, 3), run=runs)
+    @action(lambda self: self.caps.gmem_backed, pick=range(4), run=RUNS)
     def allocate(self, pick: int, run: range) -> None:
         """fallocate without PUNCH_HOLE."""
         if (file := self._file(pick)) is not None:
@@ -428,22 +587,19 @@ class UapiMachine(RuleBasedStateMachine):
                 size = len(run) * PAGE_BYTES
                 self.process.fallocate(file.fds[0], FALLOC_FL_KEEP_SIZE, run.start * PAGE_BYTES, size)
 
-    @precondition(lambda self: self.steps > 8)
-    @rule(pick=st.integers(0, 3), index=edges, sure=seldom)
-    def memory_failure(self, pick: int, index: int, sure: bool) -> None:
+    @action(lambda self: self.caps.gmem_backed, seldom=True, pick=range(4), index=EDGES)
+    def memory_failure(self, pick: int, index: int) -> None:
         """The hardware loses a page of a guest_memfd."""
-        if not sure or (file := self._file(pick)) is None or index >= file.npages:
+        if self.steps <= 8 or (file := self._file(pick)) is None or index >= file.npages:
             return
         was_there = bool(file.inode.words[index])
         with self.call("memory_failure") as step:
             self.process.memory_failure(file.fds[0], index * PAGE_BYTES)
         if step.error is None and was_there:
-            file.content.pop(index, None)
-            file.accepted.discard(index)
-            file.poisoned.add(index)
+            file.lose(index)
+            file.poisoned[index] = True
 
-    @precondition(lambda self: self.caps.gmem_backed)
-    @rule(pick=st.integers(0, 3), run=runs, write=st.booleans())
+    @action(lambda self: self.caps.gmem_backed, pick=range(4), run=RUNS, write=YES_NO)
     def touch_file(self, pick: int, run: range, write: bool) -> None:
         """The VMM reads or writes a guest_memfd that it has mapped."""
         file = self._file(pick)
@@ -457,7 +613,8 @@ class UapiMachine(RuleBasedStateMachine):
             file.hva = self.process.mmap_gmem(file.fds[0], 0, file.npages * PAGE_BYTES)
         hva = file.hva + run.start * PAGE_BYTES
         shared = file.flags & GUEST_MEMFD_FLAG_INIT_SHARED
-        broken = file.poisoned.intersection(run)
+        pages = slice(run.start, run.stop)
+        broken = np.count_nonzero(file.poisoned[pages])
         with self.call("mapping", 0 if shared and not broken else EHWPOISON if shared else errno.EFAULT) as step:
             if write:
                 stamp = self.next_stamp()
@@ -465,23 +622,23 @@ class UapiMachine(RuleBasedStateMachine):
             else:
                 step.result = self.process.read(hva, len(run))[1]
         if step.error is None and write:
-            file.content.update((index, (stamp, False)) for index in run)
+            file.content.put(pages, stamp, False)
         elif step.error is None:
-            self._same(step.result, [(index, file.content.get(index, (0, False))[0]) for index in run])
+            self._same(step.result, run, _written(file.content.stamp[pages]))
 
     # ---- memslots -----------------------------------------------------------------------------------------------
 
-    @rule(base=bases, npages=sizes, skew=skews, pick=st.integers(0, 3), with_file=st.booleans())
+    @action(base=BASES, npages=SIZES, skew=SKEWS, pick=range(4), with_file=YES_NO)
     def fill_gap(self, base: int, npages: int, skew: int, pick: int, with_file: bool) -> None:
         """A new slot where there is none, as a VMM would make it."""
         free = next((i for i in range(SLOTS) if i not in self.slots), None)
-        if free is not None and self.slot_at(base) is None:
+        if free is not None and self.owner[base] < 0:
             end = min((slot.base for slot in self.slots.values() if slot.base > base), default=END)
             self.create_slot(free, base, min(npages, end - base), skew, with_file, pick, 0)
 
-    @rule(
-        slot_id=st.integers(0, SLOTS - 1), base=bases, npages=sizes, skew=skews,
-        with_file=st.booleans(), pick=st.integers(0, 3), flags=st.sampled_from([0, 0, 0, 1, 2, 8]),
+    @action(
+        slot_id=range(SLOTS), base=BASES, npages=SIZES, skew=SKEWS, with_file=YES_NO, pick=range(4),
+        flags=(0, 0, 0, 1, 2, 8),
     )  # fmt: skip
     def create_slot(
         self, slot_id: int, base: int, npages: int, skew: int, with_file: bool, pick: int, flags: int
@@ -515,14 +672,13 @@ class UapiMachine(RuleBasedStateMachine):
             return
         new = Slot(slot_id, base, npages, page, flags, file, pgoff, file is not None and bool(file.flags & 1))
         if old is not None:
-            # The bitmap moves with the slot.
-            new.written = {gfn + base - old.base for gfn in old.written}
-            new.touched = {gfn + base - old.base for gfn in old.touched}
-            if flags & ~old.flags & KVM_MEM_LOG_DIRTY_PAGES:
-                new.written, new.touched = set(), set()
+            if not flags & ~old.flags & KVM_MEM_LOG_DIRTY_PAGES:
+                new.written, new.touched = old.written, old.touched  # the bitmap moves with the slot
+            self.owner[old.gfns] = -1
         if file is not None and (file.delta is None or not file.inode.allocated):
             file.delta = base - pgoff
         self.slots[slot_id] = new
+        self.owner[new.gfns] = slot_id
 
     def _region_errno(
         self, slot_id: int, base: int, npages: int, page: int, file: File | None, pgoff: int, flags: int
@@ -560,12 +716,11 @@ class UapiMachine(RuleBasedStateMachine):
         """Ids of the slots that were created with a file."""
         return {slot.id for slot in self.vm.slots if slot.has_gmem}
 
-    @precondition(lambda self: self.steps > 8)
-    @rule(slot_id=st.integers(0, SLOTS - 1), sure=seldom)
-    def delete_slot(self, slot_id: int, sure: bool) -> None:
+    @action(seldom=True, slot_id=range(SLOTS))
+    def delete_slot(self, slot_id: int) -> None:
         """KVM_SET_USER_MEMORY_REGION2 with size 0."""
         slot = self.slots.get(slot_id)
-        if not sure and slot is not None:
+        if self.steps <= 8:
             return
         fixed = self.caps.memslots_fixed_after_run and self.ran
         with self.call("memslot", errno.EINVAL if slot is None else errno.EPERM if fixed else 0) as step:
@@ -574,20 +729,21 @@ class UapiMachine(RuleBasedStateMachine):
             self._lost_with(slot)
             if step.error is None:
                 del self.slots[slot_id]
+                self.owner[slot.gfns] = -1
 
     def _lost_with(self, slot: Slot) -> None:
         if slot.file is not None:
-            self.zap(slot.file, [g - slot.base + slot.pgoff for g in slot.gfns if g in self.private])
+            self.zap(slot.file, np.flatnonzero(self.private[slot.gfns]) + slot.pgoff)
 
-    @precondition(lambda self: self.steps > 8)
-    @rule(slot_id=st.integers(0, SLOTS - 1), base=bases)
+    @action(slot_id=range(SLOTS), base=BASES)
     def move_slot(self, slot_id: int, base: int) -> None:
         """The same slot at another gpa."""
-        if (slot := self.slots.get(slot_id)) is not None and base + slot.npages <= END and not self.in_place:
+        slot = self.slots.get(slot_id) if self.steps > 8 and not self.in_place else None
+        if slot is not None and base + slot.npages <= END:
             skew = slot.page - base
             self.create_slot(slot_id, base, slot.npages, skew % END, False, 0, slot.flags)
 
-    @rule(slot_id=st.integers(0, SLOTS - 1))
+    @action(slot_id=range(SLOTS))
     def toggle_dirty_log(self, slot_id: int) -> None:
         """KVM_MEM_LOG_DIRTY_PAGES on or off."""
         slot = self.slots.get(slot_id)
@@ -595,7 +751,7 @@ class UapiMachine(RuleBasedStateMachine):
             flags = slot.flags ^ KVM_MEM_LOG_DIRTY_PAGES
             self.create_slot(slot_id, slot.base, slot.npages, (slot.page - slot.base) % END, False, 0, flags)
 
-    @rule(slot_id=st.integers(0, SLOTS))
+    @action(slot_id=range(SLOTS + 1))
     def get_dirty_log(self, slot_id: int) -> None:
         """KVM_GET_DIRTY_LOG: all that was written is in it, and nothing that nobody faulted in."""
         slot = self.slots.get(slot_id)
@@ -604,15 +760,15 @@ class UapiMachine(RuleBasedStateMachine):
             step.result = self.fd.get_dirty_log(slot_id)
         if step.error is None:
             assert slot is not None
-            dirty = {slot.base + int(i) for i in np.flatnonzero(step.result)}
-            assert slot.written <= dirty, f"written and not logged: {sorted(slot.written - dirty)[:4]}"
-            assert dirty <= slot.touched, f"logged and not touched: {sorted(dirty - slot.touched)[:4]}"
-            slot.written, slot.touched = set(), set()
+            dirty = step.result != 0
+            missed, extra = np.flatnonzero(slot.written & ~dirty), np.flatnonzero(dirty & ~slot.touched)
+            assert not len(missed), f"written and not logged: {(missed[:4] + slot.base).tolist()}"
+            assert not len(extra), f"logged and not touched: {(extra[:4] + slot.base).tolist()}"
+            slot.forget()
 
     # ---- attributes ---------------------------------------------------------------------------------------------
 
-    @precondition(lambda self: self.caps.private_by_attribute)
-    @rule(run=runs, private=st.booleans())
+    @action(lambda self: self.caps.private_by_attribute, run=RUNS, private=YES_NO)
     def set_attributes(self, run: range, private: bool) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES, whatever the guest thinks of it."""
         value = KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0
@@ -620,22 +776,18 @@ class UapiMachine(RuleBasedStateMachine):
         with self.call("set_memory_attributes", expect, start=run.start, end=run.stop, value=value) as step:
             self.fd.set_memory_attributes(run.start * PAGE_BYTES, len(run) * PAGE_BYTES, value)
         if step.error is None:
-            self._attributes_are(run, private)
+            self._attributes_are(np.arange(run.start, run.stop), private)
 
-    def _attributes_are(self, gfns: Iterable[int], private: bool) -> None:
-        for gfn in gfns:
-            slot = self.slot_at(gfn)
-            if private:
-                self.private.add(gfn)
-            elif gfn in self.private:
-                self.private.remove(gfn)
-                if slot is not None and slot.file is not None:
-                    self.zap(slot.file, [gfn - slot.base + slot.pgoff])
+    def _attributes_are(self, gfns: IntArray, private: bool) -> None:
+        if not private:
+            for slot, at in self.at_slots(was := gfns[self.private[gfns]]):
+                if slot.file is not None:
+                    self.zap(slot.file, was[at] - slot.base + slot.pgoff)
+        self.private[gfns] = private
 
     # ---- regions that the VMM registers -------------------------------------------------------------------------
 
-    @precondition(lambda self: self.host.ops.has("register_region"))
-    @rule(run=runs)
+    @action(lambda self: self.host.ops.has("register_region"), run=RUNS)
     def register_region(self, run: range) -> None:
         """KVM_MEMORY_ENCRYPT_REG_REGION of a part of the VMM's memory, also of one that is registered already."""
         hva, size = self.area + run.start * PAGE_BYTES, len(run) * PAGE_BYTES
@@ -644,10 +796,11 @@ class UapiMachine(RuleBasedStateMachine):
         if not self.vm.dead:
             self.regions.append((hva, size))
 
-    @precondition(lambda self: self.regions)
-    @rule(pick=st.integers(0, 5))
+    @action(lambda self: self.host.ops.has("register_region"), pick=range(6))
     def unregister_region(self, pick: int) -> None:
         """KVM_MEMORY_ENCRYPT_UNREG_REGION of exactly what was registered: the host may move it again."""
+        if not self.regions:
+            return
         hva, size = self.regions[pick % len(self.regions)]
         with self.call("unregister_region"):
             self.fd.unregister_region(hva, size)
@@ -656,42 +809,46 @@ class UapiMachine(RuleBasedStateMachine):
 
     # ---- the host's memory management ---------------------------------------------------------------------------
 
-    @rule(run=runs)
+    @action(run=RUNS)
     def madvise(self, run: range) -> None:
         """The VMM gives pages of its own memory back."""
         with self.call("madvise"):
             self.process.madvise_dontneed(self.area + run.start * PAGE_BYTES, len(run) * PAGE_BYTES)
-        for slot in self.slots.values():
-            if not self.caps.honours_notifiers:
-                for gfn in slot.gfns:
-                    page = gfn - slot.base + slot.page
-                    if page in run and gfn not in self.detached and self.mapped(gfn, False):
-                        self.detached[gfn] = self.vmm.get(page, (0, self.kind_of(gfn)))
-        for page in run:
-            self.vmm.pop(page, None)
+        if not self.caps.honours_notifiers:
+            for slot in self.slots.values():
+                pages = np.arange(max(slot.page, run.start), min(slot.page + slot.npages, run.stop))
+                gfns = pages - slot.page + slot.base
+                kept = (self.detached.stamp[gfns] == ABSENT) & (self.frames_at(gfns, False) != 0)
+                gfns, pages = gfns[kept], pages[kept]
+                stamps, kinds = self.vmm.stamp[pages], self.vmm.private[pages]
+                kinds = np.where(stamps == ABSENT, self.kinds_of(gfns), kinds)
+                self.detached.put(gfns, _written(stamps), kinds)
+        self.vmm.drop(slice(run.start, run.stop))
 
-    @rule(run=runs)
+    @action(run=RUNS)
     def migrate(self, run: range) -> None:
         """The host moves pages to other frames: what is pinned stays, what is plain arrives."""
         words = self.mapping.words[run.start : run.stop]
-        frames = (words >> np.uint32(5)).astype(np.int64)
+        frames = (words >> np.uint32(FRAME_SHIFT)).astype(np.int64)
         pins = self.host.frames.pins
-        # A pin on the head of a large page holds all of it.
-        held = (pins[frames] != 0) | ((words & np.uint32(1) != 0) & (pins[frames & -512] != 0))
+        # A pin on any page of a large one holds all of it.
+        block = np.any(pins[: len(pins) & -512].reshape(-1, 512), axis=1)
+        held = (pins[frames] != 0) | ((words & np.uint32(1) != 0) & block[frames >> 9])
         with self.call("migrate"):
             self.process.migrate_pages(self.area + run.start * PAGE_BYTES, len(run) * PAGE_BYTES)
-        for page, pinned in zip(run, held.tolist(), strict=True):
-            if page in self.vmm and self.vmm[page][1] and self.caps.encrypts and not pinned:
-                self.vmm[page] = None, True
+        if self.caps.encrypts:
+            stamps = self.vmm.stamp[run.start : run.stop]
+            stamps[(stamps != ABSENT) & self.vmm.private[run.start : run.stop] & ~held] = UNKNOWN
 
-    @rule(run=runs, write=st.booleans())
+    @action(run=RUNS, write=YES_NO)
     def touch_memory(self, run: range, write: bool) -> None:
         """The VMM reads or writes its own memory: what is private there it must not see."""
         hva = self.area + run.start * PAGE_BYTES
-        protected = [page for page in run if self.in_place and self.vmm.get(page, (0, False))[1]]
+        pages = slice(run.start, run.stop)
         if self.in_place:
-            for page in protected[:8]:
-                self._must_not_see(page)
+            protected = (self.vmm.stamp[pages] != ABSENT) & self.vmm.private[pages]
+            for at in np.flatnonzero(protected)[:8].tolist():
+                self._must_not_see(run.start + at)
             return
         with self.call("mapping") as step:
             if write:
@@ -701,63 +858,66 @@ class UapiMachine(RuleBasedStateMachine):
                 step.result, seen = self.process.read(hva, len(run))
         assert step.result is HostVerdict.OK, step.result
         if write:
-            self.vmm.update((page, (stamp, False)) for page in run)
+            self.vmm.put(pages, stamp, False)
         else:
-            self._same(seen, [(page, self.vmm.get(page, (0, False))[0]) for page in run])
+            self._same(seen, run, _written(self.vmm.stamp[pages]))
 
     def _must_not_see(self, page: int) -> None:
-        stamp = self.vmm[page][0]
+        stamp = self.vmm.stamp[page]
         with self.call("mapping") as step:
             step.result = self.process.read(self.area + page * PAGE_BYTES, 1)
         verdict, seen = step.result
-        assert stamp in (None, 0) or int(seen[0]) != stamp, f"the host reads private page {page:#x} ({verdict.name})"
+        assert stamp <= 0 or int(seen[0]) != stamp, f"the host reads private page {page:#x} ({verdict.name})"
 
     # ---- the guest ----------------------------------------------------------------------------------------------
 
-    @rule(gfns=pages, vcpu=st.integers(0, 1), private=st.booleans())
-    def write(self, gfns: list[int], vcpu: int, private: bool) -> None:
+    @action(gfns=PAGES, vcpu=range(2), private=YES_NO)
+    def write(self, gfns: npt.ArrayLike, vcpu: int, private: bool) -> None:
         """The guest writes pages that it has, of one kind."""
-        self._use(gfns, vcpu, private, True)
+        self._use(np.asarray(gfns), vcpu, private, True)
 
-    @rule(gfns=pages, vcpu=st.integers(0, 1), private=st.booleans())
-    def read(self, gfns: list[int], vcpu: int, private: bool) -> None:
+    @action(gfns=PAGES, vcpu=range(2), private=YES_NO)
+    def read(self, gfns: npt.ArrayLike, vcpu: int, private: bool) -> None:
         """The guest reads pages that it has, of one kind."""
-        self._use(gfns, vcpu, private, False)
+        self._use(np.asarray(gfns), vcpu, private, False)
 
-    def _use(self, gfns: list[int], vcpu: int, private: bool, write: bool) -> None:
+    def _use(self, gfns: IntArray, vcpu: int, private: bool, write: bool) -> None:
         for kind in (private, not private):
-            fit = [g for g in gfns if self.kind_of(g) == kind and self.trouble(g, kind, write) is None]
-            if fit:
+            fit = gfns[(self.kinds_of(gfns) == kind) & (self.trouble(gfns, kind, write) == 0)]
+            if len(fit):
                 self.touch(fit, write, False, vcpu)
                 return
 
-    @rule(gfns=pages, write=st.booleans(), wrong=seldom, vcpu=st.integers(0, 1))
-    def touch(self, gfns: list[int], write: bool, wrong: bool, vcpu: int) -> None:
+    @action(gfns=PAGES, write=YES_NO, wrong=(False, False, False, True), vcpu=range(2))
+    def touch(self, gfns: IntArray, write: bool, wrong: bool, vcpu: int) -> None:
         """The guest touches pages of one kind, or (wrong) takes them for the other kind, or has no such pages."""
-        private = self.kind_of(gfns[0])
+        kinds = self.kinds_of(gfns)
+        private = bool(kinds[0])
         if not self.caps.private_by_attribute:
-            gfns = [gfn for gfn in gfns if self.kind_of(gfn) == private]
+            gfns = gfns[kinds == private]
         elif wrong:
             private = not private
         if self.caps.private_by_attribute and not self.caps.has_mirror:
             # Where one root serves both, nothing tells the kinds apart once a page is mapped.
-            gfns = [gfn for gfn in gfns if (gfn in self.private) == private or not self.mapped(gfn, private)]
-        if not gfns:
+            gfns = gfns[(self.private[gfns] == private) | (self.frames_at(gfns, private) == 0)]
+        if not len(gfns):
             return
         if private and self.caps.needs_accept:
             if write:
-                for block in sorted({gfn // 512 for gfn in gfns}):
+                for block in np.unique(gfns // 512).tolist():
                     self.accept_block(block, vcpu)
-            new = [gfn for gfn in gfns if self.trouble(gfn, True, True) is None and not self.accepted(gfn)]
-            if new and not self._accept(new, vcpu):
+            new = gfns[(self.trouble(gfns, True, True) == 0) & ~self.accepted(gfns)]
+            if len(new) and not self._accept(new, vcpu):
                 return
         self._access(gfns, private, write, vcpu)
 
-    def _access(self, gfns: list[int], private: bool, write: bool, vcpu: int) -> None:
-        n = next((i for i, gfn in enumerate(gfns) if self.trouble(gfn, private, write)), len(gfns))
-        stamps = np.array([self.next_stamp() for _ in gfns], np.uint32)
-        action = Touch(_sel(gfns), write=write, private=private, stamps=stamps)
-        with self.call("write" if write else "read", gfns=_sel(gfns), private=private) as step:
+    def _access(self, gfns: IntArray, private: bool, write: bool, vcpu: int) -> None:
+        trouble = self.trouble(gfns, private, write)
+        n = int(np.argmax(trouble != 0)) if np.count_nonzero(trouble) else len(gfns)
+        stamps = np.arange(self.stamp + 1, self.stamp + 1 + len(gfns), dtype=np.uint32)
+        self.stamp += len(gfns)
+        action = Touch(as_sel(gfns), write=write, private=private, stamps=stamps)
+        with self.call("write" if write else "read", gfns=as_sel(gfns), private=private) as step:
             step.result = self.vcpus[vcpu].run(action)
         if step.error is not None:
             return
@@ -767,100 +927,91 @@ class UapiMachine(RuleBasedStateMachine):
         if fatal is not None and isinstance(leave, MemoryFault | Shutdown) and leave.errno == fatal:
             assert action.done <= n
         else:
-            self._left(leave, gfns, n, private, write)
+            gfn, how = (int(gfns[n]), int(trouble[n])) if n < len(gfns) else (0, 0)
+            self._left(leave, gfn, how, private, write)
             assert action.done == n, f"{action.done} pages are done of the {n} before the exit"
-        for i, gfn in enumerate(gfns[: action.done]):
-            place = self.place(gfn, private)
-            slot = self.slot_at(gfn)
-            assert place is not None and slot is not None
-            slot.touched.add(gfn)
-            if write:
-                slot.written.add(gfn)
-                place[0][place[1]] = int(stamps[i]), private
-        for gfn in gfns[action.done :]:
-            if (slot := self.slot_at(gfn)) is not None:
-                slot.touched.add(gfn)  # a batch may fault in pages behind the one that exits
-        if not write and action.seen is not None:
-            self._same(action.seen, [(gfn, self.expected(gfn, private)) for gfn in gfns[: action.done]])
+        done = gfns[: action.done]
+        self.touched(gfns)  # a batch may fault in pages behind the one that exits
+        if write:
+            self.touched(done, written=True)
+            for store, at, pages in self.places(done, private):
+                store.put(pages, stamps[at], private)
+        elif action.seen is not None:
+            self._same(action.seen, done, self.expected(done, private))
 
-    def _left(self, leave: ExitReason | None, gfns: list[int], n: int, private: bool, write: bool) -> None:
+    def _left(self, leave: ExitReason | None, gfn: int, trouble: int, private: bool, write: bool) -> None:
         """KVM_RUN came back: was it for what the model says?"""
-        if n == len(gfns):
+        if not trouble:
             assert leave is None, leave
-            return
-        trouble = self.trouble(gfns[n], private, write)
-        assert trouble is not None
-        how, error = trouble
-        if how == "mmio":
-            assert leave == Mmio(gfns[n] * PAGE_BYTES, write), leave
+        elif trouble == MMIO:
+            assert leave == Mmio(gfn * PAGE_BYTES, write), leave
         else:
             flags = 8 if private and self.caps.private_by_attribute else 0
-            assert leave == MemoryFault(gfns[n] * PAGE_BYTES, flags, errno=error), leave
+            assert leave == MemoryFault(gfn * PAGE_BYTES, flags, errno=trouble), leave
 
-    def _same(self, seen: Any, expected: list[tuple[int, int | None]]) -> None:
+    def _same(self, seen: Any, pages: Sequence[int] | IntArray, expected: IntArray) -> None:
         """What was read is what the model says."""
-        for (page, want), got in zip(expected, seen.tolist(), strict=False):
-            if want is not None and got != want:
-                raise InvariantViolation(
-                    "a page reads wrong", number=18 if want == 0 else BLAME.get(self.last, 0), gfn=page,
-                    states={"reads": _say(got), "was": _say(want)}, events=self.host.last_events(),
-                )
+        wrong = (expected != UNKNOWN) & (seen[: len(expected)] != expected)
+        if np.count_nonzero(wrong):
+            i = int(np.argmax(wrong))
+            want = int(expected[i])
+            raise InvariantViolation(
+                "a page reads wrong", number=18 if want == 0 else BLAME.get(self.last, 0), gfn=int(pages[i]),
+                states={"reads": _say(int(seen[i])), "was": _say(want)}, events=self.host.last_events(),
+            )
 
-    def _accept(self, gfns: list[int], vcpu: int, level: int = 1) -> bool:
+    def _accept(self, gfns: IntArray, vcpu: int, level: int = PG_LEVEL_4K) -> bool:
         """The guest accepts pages that can be accepted. Returns whether it did."""
-        heads = gfns if level == 1 else gfns[::512]
-        action = Accept(_sel(heads, 512 if level == PG_LEVEL_2M else 1), level=level)
+        size = 1 << order_of(level)
+        action = Accept(as_sel(gfns) if size == 1 else slice(int(gfns[0]), int(gfns[-1]) + 1, size), level=level)
         with self.call("accept") as step:
             step.result = self.vcpus[vcpu].run(action)
         if step.error is not None:
             return False
         self.ran = True
-        left: set[int] = set()
         if step.result is not None:
             assert self.injector.fired in FATAL, step.result
-            size = 512 if level == PG_LEVEL_2M else 1
-            left = {gfn + i for gfn in array_of(action.gfns).tolist() for i in range(size)}
-        for gfn in gfns:
-            slot = self.slot_at(gfn)
-            assert slot is not None and slot.file is not None
-            if gfn not in left:
-                index = gfn - slot.base + slot.pgoff
-                slot.file.accepted.add(index)
-                slot.file.content[index] = (0 if self.caps.fresh_is_zero else None), True
+            left = (array_of(action.gfns)[:, None] + np.arange(size)).ravel()
+            gfns = np.setdiff1d(gfns, left)
+        for slot, at in self.at_slots(gfns):
+            assert slot.file is not None
+            index = gfns[at] - slot.base + slot.pgoff
+            slot.file.accepted[index] = True
+            slot.file.content.put(index, 0 if self.caps.fresh_is_zero else UNKNOWN, True)
         return step.result is None
 
-    @precondition(lambda self: self.caps.needs_accept)
-    @rule(block=st.integers(0, END // 512 - 1), vcpu=st.integers(0, 1))
+    @action(lambda self: self.caps.needs_accept, block=range(END // 512), vcpu=range(2))
     def accept_block(self, block: int, vcpu: int) -> None:
         """The guest accepts 2 MiB at once, if all of it can be accepted."""
-        gfns = list(range(block * 512, block * 512 + 512))
-        if all(self.trouble(gfn, True, True) is None and not self.accepted(gfn) for gfn in gfns):
+        gfns = np.arange(block * 512, block * 512 + 512)
+        if not np.count_nonzero(self.trouble(gfns, True, True)) and not np.count_nonzero(self.accepted(gfns)):
             self._accept(gfns, vcpu, PG_LEVEL_2M)
 
-    @precondition(lambda self: self.caps.needs_accept and not self.caps.unaccepted_is_fatal)
-    @rule(gfn=st.integers(0, END - 1))
+    @action(lambda self: self.caps.needs_accept and not self.caps.unaccepted_is_fatal, gfn=range(END))
     def touch_unaccepted(self, gfn: int) -> None:
         """The guest touches a page before it accepts it, and gets an exception."""
-        if self.trouble(gfn, True, True) is None and not self.accepted(gfn):
-            with self.call("read", gfns=_sel([gfn]), private=True) as step:
-                step.result = self.vcpus[0].run(Touch(_sel([gfn])))
+        page, sel = np.array([gfn]), slice(gfn, gfn + 1, 1)
+        if not self.trouble(page, True, True)[0] and not self.accepted(page)[0]:
+            with self.call("read", gfns=sel, private=True) as step:
+                step.result = self.vcpus[0].run(Touch(sel))
             if step.error is None and self.injector.fired not in FATAL:
                 assert isinstance(step.result, GuestException), step.result
 
-    @precondition(lambda self: self.two_kinds)
-    @rule(gfns=pages, vcpu=st.integers(0, 1), private=st.booleans())
-    def convert(self, gfns: list[int], vcpu: int, private: bool) -> None:
+    @action(lambda self: self.two_kinds, gfns=PAGES, vcpu=range(2), private=YES_NO)
+    def convert(self, gfns: IntArray, vcpu: int, private: bool) -> None:
         """The guest converts pages to the other kind, and the VMM does what it asks."""
         if self.vm.dead:
             return
         self.aim("")
-        gfns = [g for g in gfns if self.kind_of(g) != private and self.trouble(g, not private, False) is None]
-        gfns = [g for g in gfns if (slot := self.slot_at(g)) is not None and (self.in_place or slot.file is not None)]
+        gfns = gfns[(self.kinds_of(gfns) != private) & (self.trouble(gfns, not private, False) == 0)]
+        if not self.in_place:
+            filed = [slot.id for slot in self.slots.values() if slot.file is not None]
+            gfns = gfns[np.isin(self.owner[gfns], filed)]
         if self.caps.needs_accept and not private:
-            gfns = [gfn for gfn in gfns if self.accepted(gfn)]
-        if not gfns:
+            gfns = gfns[self.accepted(gfns)]
+        if not len(gfns):
             return
-        action = Convert(_sel(gfns), private=private)
+        action = Convert(as_sel(gfns), private=private)
         with self.call("convert") as step:
             while isinstance(leave := self.vcpus[vcpu].run(action), MapGpaRange):
                 if self.caps.private_by_attribute:
@@ -871,35 +1022,30 @@ class UapiMachine(RuleBasedStateMachine):
         assert step.result is None, step.result
         self.ran = True
         if self.in_place:
-            for gfn in gfns:
-                self.guest_shared.discard(gfn) if private else self.guest_shared.add(gfn)
-                place = self.place(gfn, private)
-                assert place is not None
-                store, key = place
-                if key in store:
-                    store[key] = (store[key][0] if self.caps.conversion_keeps_content else None), private
-                elif not self.caps.conversion_keeps_content:
-                    store[key] = None, private
+            self.guest_shared[gfns] = not private
+            for store, _, pages in self.places(gfns, private):
+                store.private[pages] = private
+                if not self.caps.conversion_keeps_content:
+                    store.stamp[pages] = UNKNOWN
             return
         self._attributes_are(gfns, private)
         if self.caps.needs_accept:
-            for gfn in gfns:
-                slot = self.slot_at(gfn)
-                assert slot is not None and slot.file is not None
-                index = gfn - slot.base + slot.pgoff
-                slot.file.accepted.discard(index)
+            for slot, at in self.at_slots(gfns):
+                assert slot.file is not None
+                index = gfns[at] - slot.base + slot.pgoff
+                slot.file.accepted[index] = False
                 if not self.caps.conversion_keeps_content:
-                    slot.file.content[index] = None, True
+                    slot.file.content.put(index, UNKNOWN, True)
 
-    @rule(run=runs, vcpu=st.integers(0, 1))
+    @action(run=RUNS, vcpu=range(2))
     def prefault(self, run: range, vcpu: int) -> None:
         """KVM_PRE_FAULT_MEMORY; a second call finds all of it there."""
-        troubles = [self.trouble(gfn, gfn in self.private, False) for gfn in run]
-        n = next((i for i, trouble in enumerate(troubles) if trouble), len(run))
+        gfns = np.arange(run.start, run.stop)
+        troubles = np.where(self.private[gfns], self.trouble(gfns, True, False), self.trouble(gfns, False, False))
+        n = int(np.argmax(troubles != 0)) if np.count_nonzero(troubles) else len(run)
         expect = [0]
         if n == 0:
-            how, error = troubles[0] or ("", 0)
-            expect = [errno.ENOENT if how == "mmio" else error]
+            expect = [errno.ENOENT if troubles[0] == MMIO else int(troubles[0])]
         if not (self.caps.prefault and self.vm.pre_fault_allowed):
             expect, n = [errno.EOPNOTSUPP], 0
         if n and self.injector.hook in FATAL:
@@ -912,13 +1058,11 @@ class UapiMachine(RuleBasedStateMachine):
                 return
             if self.injector.fired not in FATAL:
                 assert step.result == (gpa + n * PAGE_BYTES, size - n * PAGE_BYTES), (step.result, n)
-            for gfn in run:
-                if (slot := self.slot_at(gfn)) is not None:
-                    slot.touched.add(gfn)
+            self.touched(gfns)
 
     # ---- what must not work, and the end ------------------------------------------------------------------------
 
-    @rule(which=st.integers(0, 11))
+    @action(which=range(12))
     def misuse(self, which: int) -> None:
         """Calls that are wrong in themselves."""
         page = PAGE_BYTES
@@ -952,11 +1096,10 @@ class UapiMachine(RuleBasedStateMachine):
             with self.call(name, error, **more):
                 call()
 
-    @precondition(lambda self: self.steps > 20)
-    @rule(sure=seldom)
-    def kill(self, sure: bool) -> None:
+    @action(seldom=True)
+    def kill(self) -> None:
         """KVM_BUG_ON: from here on every ioctl gives -EIO, and all memory still comes back."""
-        if sure:
+        if self.steps > 20:
             with self.call("bug"):
                 self.vm.bug("told to")
 
@@ -966,14 +1109,13 @@ class UapiMachine(RuleBasedStateMachine):
             return  # a step failed: what it says is what matters
         self.aim("")
         if not self.vm.dead:
+            gfns = np.flatnonzero(self.owner >= 0)
             for private in (False, True):
-                known = [
-                    gfn for slot in self.slots.values() for gfn in slot.gfns
-                    if self.kind_of(gfn) == private and self.trouble(gfn, private, False) is None
-                    and (not (private and self.caps.needs_accept) or self.accepted(gfn))
-                ]
-                if known:
-                    self._access(sorted(known), private, False, 0)
+                known = gfns[(self.kinds_of(gfns) == private) & (self.trouble(gfns, private, False) == 0)]
+                if private and self.caps.needs_accept:
+                    known = known[self.accepted(known)]
+                if len(known):
+                    self._access(known, private, False, 0)
         self.process.exit()
         self.checker.check_idle()
 
@@ -985,11 +1127,9 @@ DEAD_EIO = frozenset({
 """The calls above that are ioctls of a VM or a vCPU."""
 
 
-def _sel(gfns: list[int], step: int = 1) -> Sel:
-    """Sorted gfns as a selector; heads of large pages as a run with a step, where they are one."""
-    if step > 1:
-        return slice(gfns[0], gfns[-1] + step, step)
-    return as_sel(np.array(gfns, np.int64))
+def _written(stamps: IntArray) -> IntArray:
+    """Stamps as somebody reads them for whom a page that nobody wrote is zero."""
+    return np.where(stamps == ABSENT, 0, stamps)
 
 
 def _stretches(gfns: list[int]) -> Iterator[tuple[int, int]]:
@@ -1025,13 +1165,16 @@ def run_machine(
     backend: str | Backend, *, backing: str = "4k", options: dict[str, str] | None = None, examples: int = 12,
     steps: int = 25, script: list[str] | None = None, shrink: bool = True,
 ) -> None:  # fmt: skip
-    """Run the machine for so many examples of so many steps. What fails is shrunk (if wanted), and raised; script: then
-    holds the calls that lead there, as lines for `cvm uapi` (`cvmcore.uapiscript`)."""
+    """Run the machine for so many examples of so many actions, or a few more.
+
+    What fails is shrunk (if wanted), and raised; script: then holds the calls that lead there, as lines for `cvm uapi`
+    (`cvmcore.uapiscript`).
+    """
     made = uapi_machine(backend, backing=backing, options=options)
     chosen = settings(
-        max_examples=examples, stateful_step_count=steps, deadline=None, derandomize=True, database=None,
+        max_examples=examples, stateful_step_count=-(-steps // BURST), deadline=None, derandomize=True, database=None,
         suppress_health_check=list(HealthCheck), print_blob=False,
-        phases=[phase for phase in Phase if shrink or phase not in (Phase.shrink, Phase.explain)],
+        phases=[phase for phase in Phase if phase is not Phase.explain and (shrink or phase is not Phase.shrink)],
     )  # fmt: skip
     try:
         run_state_machine_as_test(made, settings=chosen)

@@ -118,6 +118,8 @@ _LINES: dict[str, Callable[..., dict[str, Any] | None]] = {
     "set_memory_attributes": lambda r, gpa, size, attributes, flags=0: {
         "op": "set_memory_attributes", "gpa": gpa, "size": size, "attributes": attributes, "flags": flags,
     },
+    "register_region": lambda r, hva, size: {"op": "register_region", "hva": r.address(hva), "size": size},
+    "unregister_region": lambda r, hva, size: {"op": "unregister_region", "hva": r.address(hva), "size": size},
     "get_dirty_log": lambda r, slot: {"op": "get_dirty_log", "slot": slot},
     "launch_finish": lambda r: {"op": "launch_finish"},
     "run": _run,

@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import rule, run_state_machine_as_test
+from hypothesis.stateful import run_state_machine_as_test
 
-from cvmcore.testing.machine import UapiMachine
+from cvmcore.testing.machine import BURST, UapiMachine, action
 from cvmcore.types import PG_LEVEL_2M, PG_LEVEL_4K
 from cvmcore_tdx.ops import TDX
 
@@ -19,13 +18,13 @@ class Merging(UapiMachine):
 
     backend: ClassVar[Any] = TDX
 
-    @rule(nr=st.integers(1, 4))
+    @action(nr=range(1, 5))
     def recover(self, nr: int) -> None:
         """A pass of the recovery thread, or none where the policy has none."""
         with self.call("recover"):
             self.vm.recover_huge_pages(nr)
 
-    @rule(pick=st.integers(0, 3))
+    @action(pick=range(4))
     def split(self, pick: int) -> None:
         """What logging would do to private pages."""
         slots = [slot for slot in self.vm.slots if slot.gmem is not None]
@@ -45,7 +44,7 @@ def test_anything_goes(merge: str, walker: str) -> None:
         }  # fmt: skip
 
     run_state_machine_as_test(Bound, settings=settings(
-        max_examples=6, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck),
+        max_examples=6, stateful_step_count=-(-30 // BURST), deadline=None, suppress_health_check=list(HealthCheck),
         derandomize=True, database=None, print_blob=False, phases=(Phase.explicit, Phase.generate),
     ))  # fmt: skip
 
