@@ -158,13 +158,17 @@ def sort_unique(pages: npt.ArrayLike) -> Sel:
 
     The one entrance of scattered pages: everything behind it takes sorted unique pages for granted.
     """
-    keys = np.sort(np.asarray(pages).astype(np.uint32))
-    if len(keys) > 1:
-        keep = np.empty(len(keys), bool)
-        keep[0] = True
-        np.not_equal(keys[1:], keys[:-1], out=keep[1:])
-        keys = keys[keep]
-    return as_sel(keys)
+    return as_sel(_distinct(np.sort(np.asarray(pages).astype(np.uint32))))
+
+
+def _distinct(keys: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Sorted keys, each once."""
+    if len(keys) < 2:
+        return keys
+    keep = np.empty(len(keys), bool)
+    keep[0] = True
+    np.not_equal(keys[1:], keys[:-1], out=keep[1:])
+    return keys[keep]
 
 
 def count(sel: Sel) -> int:
@@ -247,13 +251,7 @@ def blocks(sel: Sel, order: int) -> Sel:
             return EMPTY
         step = max(1, (sel.step or 1) >> order)
         return slice(sel.start >> order, (last(sel) >> order) + 1, step)
-    keys = sel >> order
-    if len(keys) > 1:
-        keep = np.empty(len(keys), bool)
-        keep[0] = True
-        np.not_equal(keys[1:], keys[:-1], out=keep[1:])
-        keys = keys[keep]
-    return as_sel(keys)
+    return as_sel(_distinct(sel >> order))
 
 
 def heads(block_sel: Sel, order: int) -> Sel:
