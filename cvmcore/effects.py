@@ -91,7 +91,7 @@ def point(name: str) -> Effect:
     return Effect("point", None, name)
 
 
-# The points of design decision 6.
+# The points of design decision 6; two were added: half of the attributes is stored, an image page is looked up.
 FAULT_SNAPSHOT = point("fault.snapshot")
 FAULT_PFN = point("fault.pfn")
 FAULT_FREEZE = point("fault.freeze")
@@ -99,8 +99,10 @@ FAULT_HOOK = point("fault.hook")
 FAULT_COMMIT = point("fault.commit")
 INVALIDATE_START = point("invalidate.start")
 INVALIDATE_ZAP = point("invalidate.zap")
+INVALIDATE_STORING = point("invalidate.storing")
 INVALIDATE_STORE = point("invalidate.store")
 INVALIDATE_END = point("invalidate.end")
+POPULATE_HOOK = point("populate.hook")
 
 
 def drain(steps: Steps[R]) -> R:
@@ -111,6 +113,18 @@ def drain(steps: Steps[R]) -> R:
     except StopIteration as stop:
         result: R = stop.value
         return result
+
+
+def holding(lock: Lock, steps: Steps[R], read: bool = False) -> Steps[R]:
+    """Run steps with a lock held, for write if not for read, which is dropped however they end."""
+    yield lock.read if read else lock.write
+    try:
+        result = yield from steps
+    except Exception:
+        yield lock.release
+        raise
+    yield lock.release
+    return result
 
 
 class BoundOperation(Generic[P, R]):

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import attrs
 
 from cvmcore.effects import BUSY, Effect, Lock, Steps
-from cvmcore.errors import InvariantViolation
+from cvmcore.errors import InvariantViolation, UapiError
 from cvmcore.host import Host
 
 R = TypeVar("R")
@@ -92,8 +92,11 @@ class Lockdep:
                 raise InvariantViolation(f"an operation returned with {kept} held", number=31) from None
             result: R = stop.value
             return result
-        except Exception:
+        except Exception as error:
+            still = ", ".join(lock.name for lock, _ in self.held.locks[outer:])
             del self.held.locks[outer:]
+            if still and isinstance(error, UapiError):
+                raise InvariantViolation(f"an operation failed with {still} held: {error}", number=31) from error
             raise
 
     def is_busy(self) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from cvmcore.effects import Steps, drain, operation
+from cvmcore.effects import POPULATE_HOOK, Steps, drain, holding, operation
 from cvmcore.errors import UapiError
 from cvmcore.host import Host
 from cvmcore.mem import invalidate
@@ -318,15 +318,17 @@ class Process:
         else:
             if start + n > inode.npages:
                 raise UapiError(errno.EINVAL, "fallocate", "beyond the size of the guest_memfd")
-            yield inode.invalidate_lock.read
-            for low in range(start, start + n, 1 << 17):
-                index = slice(low, min(low + (1 << 17), start + n), 1)
-                words = inode.allocate(index)
-                if self.host.ops.detailed:
-                    self._found({"fd": fd, "offset": low << 12, "size_bytes": count(index) << 12}, words >> 5)
-            yield inode.invalidate_lock.release
+            yield from holding(inode.invalidate_lock, self._allocate(fd, inode, start, n), read=True)
         for file in inode.files:
             self.host.ops.quiet(file.vm)
+
+    def _allocate(self, fd: int, inode: GmemInode, start: int, n: int) -> Steps[None]:
+        for low in range(start, start + n, 1 << 17):
+            index = slice(low, min(low + (1 << 17), start + n), 1)
+            words = inode.allocate(index)
+            if self.host.ops.detailed:
+                self._found({"fd": fd, "offset": low << 12, "size_bytes": count(index) << 12}, words >> 5)
+        yield from ()
 
     @operation
     @_call("memory_failure")
@@ -408,14 +410,17 @@ class VmFd:
         number = len(vm.vcpus) if vcpu_id is None else vcpu_id
         if not 0 <= number < MAX_VCPU_IDS:
             raise UapiError(errno.EINVAL, "KVM_CREATE_VCPU", f"a vCPU's id is below {MAX_VCPU_IDS}")
-        yield vm.lock.write
+        vcpu = yield from holding(vm.lock, self._create_vcpu(number, state))
+        return VcpuFd(self, vcpu)
+
+    def _create_vcpu(self, number: int, state: bytes) -> Steps[Vcpu]:
+        vm = self.vm
         if any(v.id == number for v in vm.vcpus):
             raise UapiError(errno.EEXIST, "KVM_CREATE_VCPU", f"vCPU {number} exists")
         vcpu = Vcpu(vm, number, state)
         yield from vm.host.ops.call("vcpu_create", vcpu=vcpu)
         vm.vcpus.append(vcpu)
-        yield vm.lock.release
-        return VcpuFd(self, vcpu)
+        return vcpu
 
     # ---- guest_memfd and memslots -----------------------------------------------------------------------------
 
@@ -454,9 +459,8 @@ class VmFd:
         self, slot: int, flags: int, gpa: int, size_bytes: int, hva: int = 0, gmem_fd: int = -1, gmem_offset: int = 0
     ) -> Steps[None]:
         """KVM_SET_USER_MEMORY_REGION2: create, delete (size 0), move a memslot or change its flags."""
-        yield self.vm.slots_lock.write
-        yield from self._set_region(slot, flags, gpa, size_bytes, hva, gmem_fd, gmem_offset)
-        yield self.vm.slots_lock.release
+        change = self._set_region(slot, flags, gpa, size_bytes, hva, gmem_fd, gmem_offset)
+        yield from holding(self.vm.slots_lock, change)
         self.vm.host.ops.quiet(self.vm)
 
     def _set_region(
@@ -545,6 +549,7 @@ class VmFd:
             raise UapiError(errno.EINVAL, call, "the range is not within the guest_memfd")
         yield file.inode.invalidate_lock.write
         if file.bound(start, new.npages):
+            yield file.inode.invalidate_lock.release
             error = errno.EINVAL if self.vm.host.kernel == "6.18" else errno.EEXIST
             raise UapiError(error, call, "the guest_memfd range is already bound")
         new.gmem, new.gmem_pgoff = file, start
@@ -563,13 +568,13 @@ class VmFd:
         slot %= U32
         if slot & 0xFFFF >= NR_MEMSLOTS or slot >> 16:
             raise UapiError(errno.EINVAL, "KVM_GET_DIRTY_LOG", f"slot id {slot}")
-        yield self.vm.slots_lock.write
+        return (yield from holding(self.vm.slots_lock, self._get_dirty_log(slot)))
+
+    def _get_dirty_log(self, slot: int) -> Steps[npt.NDArray[np.uint8]]:
         found = self.vm.slots.by_id.get(slot)
         if found is None or found.dirty is None:
             raise UapiError(errno.ENOENT, "KVM_GET_DIRTY_LOG", f"slot {slot} is not logged")
-        log = yield from self.vm.get_dirty_log(found)
-        yield self.vm.slots_lock.release
-        return log
+        return (yield from self.vm.get_dirty_log(found))
 
     # ---- attributes -------------------------------------------------------------------------------------------
 
@@ -595,9 +600,8 @@ class VmFd:
         if end > MAX_GFN:
             raise UapiError(errno.ENOMEM, call, "no memory for attributes so far up")
         vm.host.meter.charge("attributes_call")
-        yield vm.slots_lock.write
-        yield from invalidate.set_attributes(vm, start, end, attributes, KVM_MEMORY_ATTRIBUTE_PRIVATE)
-        yield vm.slots_lock.release
+        change = invalidate.set_attributes(vm, start, end, attributes, KVM_MEMORY_ATTRIBUTE_PRIVATE)
+        yield from holding(vm.slots_lock, change)
         vm.host.ops.quiet(vm)
 
     # ---- vendor calls -----------------------------------------------------------------------------------------
@@ -643,12 +647,10 @@ class VmFd:
         self._alive(call)
         if not self.vm.host.ops.has(hook):
             raise UapiError(errno.EINVAL, call, "this VM type has no context of its own")
-        locks = [self.vm.lock] if source.vm is self.vm else [self.vm.lock, source.vm.lock]
-        for lock in locks:
-            yield lock.write
-        yield from self.vm.host.ops.call(hook, source=source.vm, target=self.vm)
-        for lock in reversed(locks):
-            yield lock.release
+        steps = self.vm.host.ops.call(hook, source=source.vm, target=self.vm)
+        if source.vm is not self.vm:
+            steps = holding(source.vm.lock, steps)
+        yield from holding(self.vm.lock, steps)
         self.vm.host.ops.quiet(self.vm)
 
     def _vendor(self, call: str, hook: str, **arguments: Any) -> Steps[Any]:
@@ -656,9 +658,7 @@ class VmFd:
         vm = self.vm
         if not vm.host.ops.has(hook):
             raise UapiError(errno.ENOTTY, call, "this VM type has no such call")
-        yield vm.lock.write
-        result = yield from vm.host.ops.call(hook, vm=vm, **arguments)
-        yield vm.lock.release
+        result = yield from holding(vm.lock, vm.host.ops.call(hook, vm=vm, **arguments))
         vm.host.ops.quiet(vm)
         return result
 
@@ -674,59 +674,64 @@ class VmFd:
         """
         call = "launch_update"
         self._alive(call)
-        vm = self.vm
         if gpa % PAGE_BYTES:
             raise UapiError(errno.EINVAL, call, f"gpa {gpa:#x} is not that of a page")
-        gfns = slice(gpa >> 12, (gpa >> 12) + len(contents), 1)
-        yield vm.slots_lock.write
-        slot = vm.slots.find(gfns.start)
+        done = yield from holding(self.vm.slots_lock, self._launch_update(gpa >> 12, contents, kind))
+        self.vm.host.ops.quiet(self.vm)
+        return done
+
+    def _launch_update(self, gfn: int, contents: list[bytes], kind: str) -> Steps[int]:
+        call, vm, gfns = "launch_update", self.vm, slice(gfn, gfn + len(contents), 1)
+        slot = vm.slots.find(gfn)
         if slot is None or gfns.stop > slot.end_gfn or not contents:
-            raise UapiError(errno.EINVAL, call, f"gpa {gpa:#x} is not in one memslot")
-        if vm.caps.private_by_attribute:
-            if slot.gmem is None:
-                raise UapiError(errno.EINVAL, call, "the memslot has no guest_memfd")
-            if not vm.attributes.uniform(gfns.start, gfns.stop, KVM_MEMORY_ATTRIBUTE_PRIVATE):
-                raise UapiError(errno.EINVAL, call, "a page of the image is not private")
-            yield slot.gmem.inode.invalidate_lock.write
-            inode, index = slot.gmem.inode, shift(gfns, slot.to_index(gfns))
-            try:
-                pfns = inode.populate(index)
-            except UapiError:
-                # Page by page the kernel would have come as far as this.
-                if not (n := inode.usable(index)):
-                    raise
-                pfns = inode.populate(part(index, 0, n))
-                gfns, contents = slice(gfns.start, gfns.start + n), contents[:n]
-        else:
+            raise UapiError(errno.EINVAL, call, f"gpa {gfn << 12:#x} is not in one memslot")
+        if not vm.caps.private_by_attribute:
             pfns = vm.mm.gup(shift(gfns, slot.hva_page - slot.base_gfn), call)
-        done = len(contents)
-        if vm.host.ops.has("launch_update"):
-            batch = Batch(slot, PG_LEVEL_4K, gfns, pfns)
-            stopped: Stopped | None = yield from vm.host.ops.call(
-                "launch_update", len(contents), vm=vm, batch=batch, contents=contents, kind=kind
-            )
-            if stopped is not None:
-                done = stopped.done
-                if done == 0:
-                    error = stopped.reason.errno if isinstance(stopped.reason, Fatal) else errno.EBUSY
-                    raise UapiError(error, call, f"the vendor refused the page at {gpa:#x}")
-        else:
+            return (yield from self._load(slot, gfns, pfns, contents, kind))
+        if slot.gmem is None:
+            raise UapiError(errno.EINVAL, call, "the memslot has no guest_memfd")
+        if not vm.attributes.uniform(gfns.start, gfns.stop, KVM_MEMORY_ATTRIBUTE_PRIVATE):
+            raise UapiError(errno.EINVAL, call, "a page of the image is not private")
+        inode = slot.gmem.inode
+        return (yield from holding(inode.invalidate_lock, self._populate(slot, inode, gfns, contents, kind)))
+
+    def _populate(self, slot: Memslot, inode: GmemInode, gfns: slice, contents: list[bytes], kind: str) -> Steps[int]:
+        """kvm_gmem_populate: the folios, and what the vendor does with them."""
+        index = shift(gfns, slot.to_index(gfns))
+        try:
+            pfns = inode.populate(index)
+        except UapiError:
+            # Page by page the kernel would have come as far as this.
+            if not (n := inode.usable(index)):
+                raise
+            pfns = inode.populate(part(index, 0, n))
+            gfns, contents = slice(gfns.start, gfns.start + n), contents[:n]
+        yield POPULATE_HOOK
+        return (yield from self._load(slot, gfns, pfns, contents, kind))
+
+    def _load(self, slot: Memslot, gfns: slice, pfns: Sel, contents: list[bytes], kind: str) -> Steps[int]:
+        vm = self.vm
+        if not vm.host.ops.has("launch_update"):
             for i, content in enumerate(contents):
                 vm.host.memory.write(part(pfns, i, i + 1), vm.host.memory.intern(content), vm.key)
-        if vm.caps.private_by_attribute and slot.gmem is not None:
-            yield slot.gmem.inode.invalidate_lock.release
-        yield vm.slots_lock.release
-        vm.host.ops.quiet(vm)
-        return done
+            return len(contents)
+        batch = Batch(slot, PG_LEVEL_4K, gfns, pfns)
+        stopped: Stopped | None = yield from vm.host.ops.call(
+            "launch_update", len(contents), vm=vm, batch=batch, contents=contents, kind=kind
+        )
+        if stopped is None:
+            return len(contents)
+        if stopped.done == 0:
+            error = stopped.reason.errno if isinstance(stopped.reason, Fatal) else errno.EBUSY
+            raise UapiError(error, "launch_update", f"the vendor refused the page at {gfns.start << 12:#x}")
+        return stopped.done
 
     @operation
     @_call("launch_finish")
     def launch_finish(self) -> Steps[None]:
         """The image is complete; the VM may run."""
         self._alive("launch_finish")
-        yield self.vm.lock.write
-        yield from self.vm.host.ops.call("launch_finish", vm=self.vm)
-        yield self.vm.lock.release
+        yield from holding(self.vm.lock, self.vm.host.ops.call("launch_finish", vm=self.vm))
         self.vm.host.ops.quiet(self.vm)
 
     @operation

@@ -10,7 +10,7 @@ from fakes import MIRROR, PROFILE
 
 from cvmcore.backend import Backend
 from cvmcore.backends.swprot import SWPROT
-from cvmcore.effects import BUSY, Lock, Steps, drain, point
+from cvmcore.effects import BUSY, Lock, Steps, drain, holding, point
 from cvmcore.errors import InvariantViolation, UapiError
 from cvmcore.guest import Machine
 from cvmcore.host import Host
@@ -298,8 +298,9 @@ def test_operation_must_not_return_with_a_lock(host: Host) -> None:
         Lockdep()(drops())
 
 
-def failing(host: Host, lock: Lock) -> Steps[None]:
-    yield lock.write
+def failing(host: Host, lock: Lock, take: bool = True) -> Steps[None]:
+    if take:
+        yield lock.write
     work(host, 10)
     yield point("half way")
     raise UapiError(22, "call", "told to")
@@ -330,11 +331,25 @@ def test_error_drops_locks(host: Host) -> None:
         Timed(host).run([("fails", failing(host, lock)), ("waits", after())])
     assert ended == [15 * NS]
 
-    lockdep = Lockdep()
-    with pytest.raises(UapiError):
+
+def test_lockdep_says_what_a_failed_operation_holds(host: Host) -> None:
+    """As the kernel's does on the way back to user space. `holding` drops its lock first."""
+    lock, lockdep = Lock("l", 1), Lockdep()
+
+    with pytest.raises(InvariantViolation, match=r"an operation failed with l held: .*told to") as caught:
         lockdep(failing(host, lock))
+    assert caught.value.number == 31 and lockdep.held.locks == []
+    with pytest.raises(UapiError, match="told to"):
+        lockdep(holding(lock, failing(host, Lock("none of these", 2), take=False)))
+    for read in (False, True):
+        assert lockdep(holding(lock, answers(lockdep), read)) is (not read)
     assert lockdep.held.locks == []
-    lockdep(hold(host, lock, 1))
+
+
+def answers(lockdep: Lockdep) -> Steps[bool]:
+    """Whether the lock is held for write."""
+    yield point("inside")
+    return lockdep.held.holds("l", True)
 
 
 def test_lockdep_keeps_outer_locks_of_a_failing_inner_operation(host: Host) -> None:
@@ -344,7 +359,7 @@ def test_lockdep_keeps_outer_locks_of_a_failing_inner_operation(host: Host) -> N
     def catches() -> Steps[bool]:
         yield outer.write
         with pytest.raises(UapiError):
-            lockdep(failing(host, inner))
+            lockdep(holding(inner, failing(host, inner, take=False)))
         held = lockdep.held.holds("outer", True)
         yield outer.release
         return held and not lockdep.held.holds("inner")

@@ -58,16 +58,12 @@ def explore(
     if name is None:
         if as_json:
             rows = [
-                {"name": s.name, "race": s.text, "closed_by": s.closed_by, "no_twin": s.no_twin}
-                for s in scenarios().values()
+                {"name": s.name, "race": s.text, "closed_by": s.closed_by} for s in scenarios().values()
             ]
             dump({"scenarios": rows, "not_modelled": NOT_MODELLED})
         else:
             rows_ = [(s.name, s.text, s.closed_by, s.needs.name) for s in scenarios().values()]
             say(table(("scenario", "race", "closed by", "needs"), rows_))
-            for s in scenarios().values():
-                if s.no_twin:
-                    typer.echo(f"no twin: {s.name}: {s.no_twin}")
             for row, why in NOT_MODELLED.items():
                 typer.echo(f"not modelled: {row}: {why}")
         return 0
@@ -77,11 +73,9 @@ def explore(
     if not chosen.fits(owner, caps):
         for_ = f"it is for {', '.join(chosen.alone)}" if chosen.alone else f"it needs {chosen.needs.name}"
         raise InputError(f"backend {backend} cannot have the race {name}: {for_}")
-    if off and chosen.off is None:
-        raise InputError(f"scenario {name} has no twin with its protocol switched off: {chosen.no_twin}")
     make: Callable[[], Any] = lambda: chosen.make(owner)  # noqa: E731
     start = time.perf_counter()
-    with chosen.off() if off and chosen.off is not None else nullcontext():
+    with chosen.off() if off else nullcontext():
         figures: dict[str, int] = {}
         played: Played | None = None
         if replay is not None:

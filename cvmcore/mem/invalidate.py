@@ -10,7 +10,15 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, TypeAlias
 
-from cvmcore.effects import INVALIDATE_END, INVALIDATE_START, INVALIDATE_STORE, INVALIDATE_ZAP, Steps
+from cvmcore.effects import (
+    INVALIDATE_END,
+    INVALIDATE_START,
+    INVALIDATE_STORE,
+    INVALIDATE_STORING,
+    INVALIDATE_ZAP,
+    Steps,
+    holding,
+)
 from cvmcore.errors import UapiError
 from cvmcore.mem.contract import Cause
 from cvmcore.mem.mmulock import drop, read, write
@@ -181,7 +189,12 @@ def set_attributes(vm: Vm, start: int, end_gfn: int, value: int, private_bit: in
         edges = [attributes.with_edges(*part) for part in ranges]
         span = min(e[0] for e in edges), max(e[1] for e in edges)
         zapped = yield from begin(vm, ranges, kinds, blocks=span, callback=callback_of(vm, ranges, cause))
-    attributes.store(start, end_gfn, value)
+    # The kernel stores entry by entry and may be preempted between any two; one such place stands for all.
+    middle = start + (end_gfn - start) // 2
+    if middle > start:
+        attributes.store(start, middle, value)
+        yield INVALIDATE_STORING
+    attributes.store(middle, end_gfn, value)
     if vm.host.ops.detailed:
         name = "private" if value & private_bit else "shared"
         vm.host.ops.detail("attribute", name, vm=vm.id, gfns=slice(start, end_gfn, 1), n=end_gfn - start)
@@ -228,26 +241,37 @@ def bound_ranges(file: GmemFile, start: int, n: int) -> list[Range]:
 
 def punch_hole(inode: GmemInode, start: int, n: int) -> Steps[int]:
     """kvm_gmem_punch_hole: zap every binding, give the folios back by pfn, close the frames. Returns pages freed."""
-    yield inode.invalidate_lock.write
+
+
+    def punch() -> Steps[int]:
+        opened = yield from _begin_all(inode, start, n, Cause.PUNCH_HOLE)
+        freed = yield from inode.truncate(start, n)
+        yield INVALIDATE_STORE
+        for vm, ranges in opened:
+            yield from end(vm, ranges)
+        return freed
+
+    return (yield from holding(inode.invalidate_lock, punch()))
+
+
+def _begin_all(inode: GmemInode, start: int, n: int, cause: Cause | None) -> Steps[list[tuple[Vm, list[Range]]]]:
+    """`begin` for every binding of [start, start + n); where one fails, those before it are closed again.
+
+    cause: whose callback the vendor gets; none without.
+    """
     opened: list[tuple[Vm, list[Range]]] = []
     try:
         for file in inode.files:
             ranges = bound_ranges(file, start, n)
             if ranges:
-                callback = callback_of(file.vm, ranges, Cause.PUNCH_HOLE, inode)
+                callback = callback_of(file.vm, ranges, cause, inode) if cause else None
                 yield from begin(file.vm, ranges, gmem_kinds(inode), callback=callback)
                 opened.append((file.vm, ranges))
     except UapiError:
         for vm, ranges in opened:
             yield from end(vm, ranges)
-        yield inode.invalidate_lock.release
         raise
-    freed = yield from inode.truncate(start, n)
-    yield INVALIDATE_STORE
-    for vm, ranges in opened:
-        yield from end(vm, ranges)
-    yield inode.invalidate_lock.release
-    return freed
+    return opened
 
 
 def release(file: GmemFile) -> Steps[None]:
@@ -266,17 +290,14 @@ def release(file: GmemFile) -> Steps[None]:
 
 def memory_failure(inode: GmemInode, index: int) -> Steps[None]:
     """kvm_gmem_error_folio: zap the page, keep the folio, poisoned; the next lookup answers -EHWPOISON."""
-    yield inode.invalidate_lock.read
-    opened = []
-    for file in inode.files:
-        ranges = bound_ranges(file, index, 1)
-        if ranges:
-            yield from begin(file.vm, ranges, gmem_kinds(inode))
-            opened.append((file.vm, ranges))
-    inode.poison(index)
-    for vm, ranges in opened:
-        yield from end(vm, ranges)
-    yield inode.invalidate_lock.release
+
+    def fail() -> Steps[None]:
+        opened = yield from _begin_all(inode, index, 1, None)
+        inode.poison(index)
+        for vm, ranges in opened:
+            yield from end(vm, ranges)
+
+    yield from holding(inode.invalidate_lock, fail(), read=True)
 
 
 # ---- memslots -------------------------------------------------------------------------------------------------

@@ -131,6 +131,10 @@ class World:
         """The VMM punches a hole."""
         return self.machine.punch.steps(gfns)
 
+    def populate(self) -> Steps[Any]:
+        """The VMM loads the page as part of the guest's image."""
+        return self._quietly(self.machine.vm.launch_update.steps(GFN * PAGE_BYTES, [b"image"]))
+
     def discard(self, gfns: Sel = PAGE) -> Steps[None]:
         """The VMM gives its own memory back."""
         return self.machine.discard_shared.steps(gfns)

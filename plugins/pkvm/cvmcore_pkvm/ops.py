@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cvmcore.backend import Backend, Option
-from cvmcore.effects import Lock, Steps
+from cvmcore.effects import Lock, Steps, holding
 from cvmcore.errors import HardwareError, InputError, UapiError
 from cvmcore.hookspecs import API_VERSION, hookimpl
 from cvmcore.pages import EMPTY, Sel, array_of, contiguous, count, first, grown, last, part, take, where, zeros
@@ -227,12 +227,13 @@ class Pkvm:
     def vcpu_enter(self, vcpu: VcpuView) -> Steps[None]:
         """The first run makes EL2's VM and vCPU (pkvm_create_hyp_vm, pkvm_create_hyp_vcpu) and loads the vCPU; it
         stays loaded on its CPU until the VM goes."""
+        if not vcpu.arch.created:
+            yield from holding(vcpu.vm.arch.config_lock, self._create(vcpu))
+
+    def _create(self, vcpu: VcpuView) -> Steps[None]:
         arch: PkvmVcpu = vcpu.arch
-        if arch.created:
-            return
         vm, host, hyp = vcpu.vm, vcpu.vm.host, vcpu.vm.host.hw
         kvm: PkvmVm = vm.arch
-        yield kvm.config_lock.write
         if not kvm.created:
             memory = host.frames.alloc(hw.vm_pages(len(kvm.vcpus)), USE_META)
             try:
@@ -250,7 +251,6 @@ class Pkvm:
         if vm.dead:
             raise UapiError(errno.EIO, "KVM_RUN", "EL2 does not load the vCPU")
         arch.created = True
-        yield kvm.config_lock.release
 
     def _give(self, vm: VmView, name: str, steps: Steps[Result], *frames: Sel) -> Steps[None]:
         """A hypercall that takes frames for good. They are the host's again where EL2 refuses, and KVM_RUN says why."""
