@@ -380,7 +380,8 @@ def unblock_private_spt(vm: VmView, gfns: Sel, level: int) -> None:
 def remove_private_spte(vm: VmView, batch: Batch) -> None:
     """Leaves of an external root are zapped. Must succeed: on failure bug the VM and leak the frames.
 
-    The entries are gone from the core's root when the hook returns. gmem still owns the frames.
+    The entries are gone from the core's root when the hook returns. gmem still owns the frames; the host may write to
+    them (`host_access`), as nothing of the guest's is left in caches or in what tags memory.
     """
 
 
@@ -411,7 +412,10 @@ def free_private_spt(vm: VmView, gfns: Sel, level: int, tables: Sel) -> Sel:
 
 @_hook("total", "mmu_lock", "kvm_x86_ops.flush_remote_tlbs_range")
 def flush_remote_tlbs(vm: VmView, start: int, end: int) -> bool:
-    """Flush gfns [start, end) on all CPUs. False: not done, the core kicks all vCPUs."""
+    """Flush gfns [start, end) on all CPUs. False: not done, the core kicks all vCPUs.
+
+    True: no CPU uses a translation that was taken away, or write-protected, before.
+    """
 
 
 # ---- memory goes back to the host -----------------------------------------------------------------------------

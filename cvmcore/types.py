@@ -242,7 +242,7 @@ class HostVerdict(enum.IntEnum):
     SIGSEGV = 3
     EFAULT = 4
     OWNER_FAULT = 5  # host #PF: the ownership table says the frame is not the host's; SIGBUS for user space
-    POISONED = 6  # done, and the owner finds a machine check, or a poisoned entry
+    POISONED = 6  # done, and whoever reads it next finds a machine check, or a poisoned entry
     RECLAIMED = 7  # done after the owner lost the page
 
 

@@ -34,11 +34,12 @@ from cvmcore.host import Host
 from cvmcore.observers import Log, observes
 from cvmcore.pages import contiguous
 from cvmcore.runner import load_profile_for
-from cvmcore.sched import Lockdep
+from cvmcore.sched import Lockdep, explore
 from cvmcore.testing.faults import ANSWERS, BusyLock, Failing, FailingHook, FailingMemory, at_every_place
 from cvmcore.testing.invariants import ALWAYS, Checker, Needs
 from cvmcore.testing.player import Died, Failed, Player
 from cvmcore.testing.reach import fingerprint
+from cvmcore.testing.scenarios import scenarios
 from cvmcore.testing.state import peek
 from cvmcore.types import (
     KVM_MEM_LOG_DIRTY_PAGES,
@@ -1251,7 +1252,23 @@ def failure_random(bench: Bench) -> None:
         _told(bench, FailingHook(hook, chance=0.15, seed=seed))
 
 
-# ---- random calls, and every order ------------------------------------------------------------------------------
+# ---- two at once, and random calls ------------------------------------------------------------------------------
+
+ORDERS_MOST = 6
+"""Orders of each race that are tried: those with the fewest interruptions. `cvm explore` tries all."""
+
+
+@check("races", once=True)
+def races(bench: Bench) -> None:
+    """Two who act at the same time, one of them interrupted anywhere: the core's races, and the vendor's own."""
+    for race in scenarios().values():
+        if not race.fits(bench.backend, bench.caps):
+            continue
+        try:
+            explore(lambda race=race: race.make(bench.backend), interruptions=1, limit=ORDERS_MOST * bench.effort)  # type: ignore[misc]
+        except Exception as error:
+            error.add_note(f"in the race {race.name}")
+            raise
 
 
 def need_hypothesis() -> None:

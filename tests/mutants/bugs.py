@@ -18,8 +18,6 @@ class Bug:
     old: str
     new: str
     story: str
-    tests: tuple[str, ...] = ()
-    """What the model's memory cannot show (a cache that is not flushed): the vendor's own tests count the operations."""
 
 
 SEV, RMP, TDX, MODULE, PKVM, EL2 = (
@@ -132,9 +130,9 @@ BUGS: tuple[Bug, ...] = (
     Bug("tdx busy reported as done", "tdx", TDX, "            return Stopped(result.done, Retry())\n        why = ", "            return None\n        why = ",
         "BUSY is taken for success"),
     Bug("tdx removed page not cleared", "tdx", TDX, "        pages = yield from self._write_back(vm, pages, state.hkid)\n        self._clear(host, pages)\n",
-        "        pages = yield from self._write_back(vm, pages, state.hkid)\n", "the host gets a page with the TD's integrity tags", ("plugins/tdx/tests/test_ops.py",)),
+        "        pages = yield from self._write_back(vm, pages, state.hkid)\n", "the host gets a page with the TD's integrity tags"),
     Bug("tdx caches not written back", "tdx", TDX, "        pages = yield from self._write_back(vm, pages, state.hkid)\n        self._clear(host, pages)\n",
-        "        self._clear(host, pages)\n", "PHYMEM.PAGE.WBINVD forgotten", ("plugins/tdx/tests/test_ops.py",)),
+        "        self._clear(host, pages)\n", "PHYMEM.PAGE.WBINVD forgotten"),
     Bug("tdx vCPUs not flushed", "tdx", TDX, "            if vcpu.arch is not None:\n                steps = module.tdh_vp_flush",
         "            if vcpu.arch is None:\n                steps = module.tdh_vp_flush", "a condition the wrong way round"),
     Bug("tdx HKID never comes back", "tdx", TDX, "        self._hkids.add(state.hkid)\n", "        pass\n", "FREEID is called, the host's set forgotten"),
@@ -161,8 +159,7 @@ BUGS: tuple[Bug, ...] = (
     Bug("tdx source pages lost", "tdx", TDX, "        host.memory.clear(sources)\n        host.frames.free(sources)\n        return stopped",
         "        return stopped", "INIT_MEM_REGION keeps its pinned source pages"),
     Bug("tdx kick forgotten", "tdx", TDX, "            at += result.done\n            yield state.inside.write\n            vm.kick_all_vcpus()\n",
-        "            at += result.done\n            yield state.inside.write\n", "TRACK without the IPI",
-        ("tests/test_explore.py::test_scenario_holds[tdx-touch-remove-tdx]",)),
+        "            at += result.done\n            yield state.inside.write\n", "TRACK without the IPI"),
     Bug("tdx reports a table as a leaf", "tdx", TDX, "np.where(states >= SeptState.NL_BLOCKED, np.uint8(2), np.uint8(1))", "np.where(states >= 99, np.uint8(2), np.uint8(1))",
         "SEPT.RD's level field is not looked at"),
     # ---- pKVM -------------------------------------------------------------------------------------------------------
@@ -189,7 +186,7 @@ BUGS: tuple[Bug, ...] = (
     Bug("pkvm host sees all", "pkvm", PKVM, "            if result.ok:\n                return HostVerdict.RECLAIMED if reclaimed else HostVerdict.OK\n",
         "            return HostVerdict.OK\n", "the abort handler maps whatever is asked for"),
     Bug("pkvm read-only memory writable", "pkvm", PKVM, "Prot.R | Prot.X if batch.slot.flags & KVM_MEM_READONLY else Prot.RWX", "Prot.R | Prot.X", "write rights forgotten"),
-    Bug("pkvm TLBI missed after write protection", "pkvm", PKVM, "        vm.arch.stale_tlbs = True\n", "        pass\n", "nobody remembers to flush", ("plugins/pkvm/tests/test_machine.py",)),
+    Bug("pkvm TLBI missed after write protection", "pkvm", PKVM, "        vm.arch.stale_tlbs = True\n", "        pass\n", "nobody remembers to flush"),
     Bug("pkvm write protection forgotten", "pkvm", PKVM, '        result = yield from self._hcall(vm.host, "__pkvm_host_wrprotect_guest", steps, len(batch))\n',
         '        result = yield from self._hcall(vm.host, "__pkvm_host_wrprotect_guest", vm.host.hw.wrprotect.steps(vm.arch.handle, part(batch.gfns, 0, 1), pages_per_level(batch.level)))\n',
         "only the first page of a range is protected"),
@@ -208,8 +205,7 @@ BUGS: tuple[Bug, ...] = (
         "        self.word[pfns] &= np.uint16(VALIDATED)\n        if self._perms is not None:\n            self._perms[pfns] = 0\n        self._count(was, -n)\n", "RMPUPDATE keeps the validated bit"),
     Bug("psmash forgets the gfns", "snp", RMP, "        self._store_gfns(array_of(expand(pages, 9)), array_of(expand(self._gfn_at(pages), 9)))\n", "",
         "all 512 entries keep what stood there before"),
-    Bug("secure EPT loses the frame on accept", "tdx", MODULE, "            self._disown(td, level, pfns)\n            return pfns\n\n        return (yield from self._leaf(PAGE_REMOVE",
-        "            return pfns\n\n        return (yield from self._leaf(PAGE_REMOVE", "PAMT entries stay with the TD"),
+    Bug("secure EPT loses the frame on accept", "tdx", MODULE, "            self._disown(td, level, pfns)\n            self._leave_in_caches(expand(", "            self._leave_in_caches(expand(", "PAMT entries stay with the TD"),
     Bug("demote keeps one child only", "tdx", MODULE, "            self._write(td, level - 1, below, children.ravel())\n", "            self._write(td, level - 1, below[:1] if not isinstance(below, slice) else slice(below.start, below.start + 1, 1), children.ravel()[:1])\n",
         "the new table is filled in part"),
 )  # fmt: skip

@@ -445,6 +445,8 @@ class Stage2:
         self.nr_blocks = 0
         self.covered = 0
         """Gfns below this one have room."""
+        self.stale: list[Sel] = []
+        """Pages that lost write access, and that TLBs may still let be written: nothing was invalidated since."""
 
     def cover(self, gfns: Sel, checks: _Checks, nr: int = 1) -> Sel:
         """Make room for the gfns; those beyond the IPA size fail with -ERANGE. Returns the gfns that still pass."""
@@ -1881,7 +1883,11 @@ class Hyp:
             order = self._check_size(gfns, nr, checks)
             named = stage2.cover(gfns, checks, nr)
             if checks.n:
-                _add(work, PTE, self._take_bits(stage2, expand(named, order), int(Prot.W)))
+                pages = expand(named, order)
+                writable = stage2.leaves(pages) & (LEAF_BORROWED | int(Prot.W)) > LEAF_BORROWED
+                if np.count_nonzero(writable):
+                    stage2.stale.append(where(pages, writable))
+                _add(work, PTE, self._take_bits(stage2, pages, int(Prot.W)))
             return checks.result(work)
 
         return (yield from self._locked(self._of_vm(vm, gfns), act))
@@ -1926,9 +1932,15 @@ class Hyp:
     @hypercall
     def tlb_flush_vmid(self, handle: int) -> Steps[Result]:
         """__pkvm_tlb_flush_vmid: drop all translations of an np VM. A protected one is hidden: nothing (-EINVAL)."""
-        if self._np_vm(handle) is None:
+        vm = self._np_vm(handle)
+        if vm is None:
             return Result(Errno.EINVAL)
-        return (yield from self._locked((), lambda: Result(done=1, work=Work({TLBI_VMID: 1}))))
+
+        def act() -> Result:
+            vm.stage2.stale.clear()
+            return Result(done=1, work=Work({TLBI_VMID: 1}))
+
+        return (yield from self._locked((), act))
 
     def read_stage2(self, handle: int, gfns: Sel, level: int) -> tuple[Bytes, IntArray]:
         """What a VM's stage 2 holds at a level (1: pages, 2: blocks of 2 MiB, ...) for these gfns, for a debugger.
@@ -1957,7 +1969,8 @@ class Hyp:
     # ---- what a guest does ------------------------------------------------------------------------------------
 
     def guest_access(self, cpu: int, gfns: Sel, write: bool = False) -> Access:
-        """The MMU's walk for the vCPU loaded on `cpu`, page by page. MISS: a stage-2 fault, poison among them.
+        """The MMU's walk for the vCPU loaded on `cpu`, page by page. MISS: a stage-2 fault, poison among them. Where
+        write access was taken and nothing invalidated since, a TLB lets the write pass.
 
         ValueError where no vCPU is loaded: nobody runs there.
         """
@@ -1978,6 +1991,11 @@ class Hyp:
         leaves, pfns = _leaves(words)
         walks = WALK_WRITE if write else WALK_READ
         status: int | Bytes = int(walks[leaves]) if isinstance(leaves, int) else walks.take(leaves)
+        if write and stage2.stale:
+            # The worst that a TLB can do: it has all that it could have.
+            cached = np.isin(array_of(gfns), np.concatenate([array_of(some) for some in stage2.stale]))
+            cached &= (words & LEAF_BORROWED) != 0
+            status = np.where(cached, np.uint8(Walk.OK), np.asarray(status, np.uint8))
         if not isinstance(status, int) and not np.count_nonzero(status != status[0]):
             status = int(status[0])
         vcpu.faults = (gfns, status)

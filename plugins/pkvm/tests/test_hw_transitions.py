@@ -650,6 +650,8 @@ def test_rights_and_age(make_rig: Any) -> None:
     assert hyp.guest_access(cpu, run(0, 2), write=True).status.tolist() == [0, 1]
 
     assert hyp.wrprotect(np_vm, run(0, 2, 512), 512).work == {"pte": 2}
+    assert hyp.guest_access(cpu, np.array([0, 1, 700]), write=True).status.tolist() == [0, 1, 0], "by a TLB, if it can"
+    assert hyp.tlb_flush_vmid(np_vm).ok
     assert hyp.guest_access(cpu, np.array([0, 1, 700]), write=True).status == 1
     assert hyp.guest_access(cpu, np.array([0, 1, 700])).status == 0
     assert hyp.relax_perms(cpu, np.array([0, 700]), Prot.RWX).ok

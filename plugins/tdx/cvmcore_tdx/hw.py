@@ -754,6 +754,10 @@ class TdxModule:
         self._td_of: dict[int, Td] = {}  # by TDR
         self._vp_of: dict[int, Vp] = {}  # by TDVPR
         self._poisoned: npt.NDArray[np.bool_] | None = None
+        self._cached: npt.NDArray[np.uint16] = zeros(nr_frames, np.uint16)
+        """HKID under which caches may hold lines of a 4K page that nobody owns any more; 0: none."""
+        self._cached_below = 0
+        """Above this frame there are none."""
         self._tdmrs: dict[int, Tdmr] = {}
         self._tdmr_next: dict[int, int] = {}
         self._usable: npt.NDArray[np.bool_] | None = None  # by 1G block; None: everything
@@ -1344,6 +1348,7 @@ class TdxModule:
             td, pfns = batch.td, batch.frames()
             self._put(batch, int(_S.REMOVED if td.op_state == OpState.LIVE_IMPORT else _S.FREE))
             self._disown(td, level, pfns)
+            self._leave_in_caches(expand(pfns, 9 * level), td.hkid)
             return pfns
 
         return (yield from self._leaf(PAGE_REMOVE, tdr, level, gfns, commit))
@@ -1374,6 +1379,7 @@ class TdxModule:
                     self.memory.write(where(new, content), stamps, td.hkid)
                 self._put(batch, leaf_words(new, 0) | nexts)
                 self._disown(td, 0, old)
+                self._leave_in_caches(old, td.hkid)
                 self._own(td, 0, new, PageType.PT_REG)
                 return old
 
@@ -1446,6 +1452,7 @@ class TdxModule:
             self._mark(level - 1, _smaller(pages, level), PageType.PT_NDA)
             self._mark(level, pages, td.number << 4 | PageType.PT_REG)
             self._disown(td, 0, tables)
+            self._leave_in_caches(tables, td.hkid)
             return tables
 
         return (yield from self._leaf(PAGE_PROMOTE, tdr, level, gfns, commit))
@@ -1798,6 +1805,9 @@ class TdxModule:
         else:
             for key in waiting:
                 key.to_write_back.discard(package)
+            cached = self._cached[: self._cached_below]
+            gone = [hkid for hkid, key in self.kot.items() if key in waiting and not key.to_write_back]
+            cached[np.isin(cached, gone)] = 0
         yield self.kot_lock.release
         return status
 
@@ -1830,6 +1840,7 @@ class TdxModule:
             if td.nr_children:
                 return 0, Status.TDX_TD_ASSOCIATED_PAGES_EXIST
             self.pamt[0][head] = PageType.PT_NDA
+            self._leave_in_caches(part(pfns, 0, 1), self.global_hkid)
             del self.tds[owner], self._td_of[head]
             return 1, Status.TDX_SUCCESS
         alike = self._alike(pfns, level, owner)
@@ -1871,8 +1882,18 @@ class TdxModule:
                 entries = take(self.pamt[level], _index(pfns, level))
                 if np.count_nonzero(entries):
                     bad = entries != 0 if bad is None else bad | (entries != 0)
-        _, good, status = self._cut_pfns(pfns, good, status, bad, Status.TDX_PAGE_METADATA_INCORRECT)
+        pfns, good, status = self._cut_pfns(pfns, good, status, bad, Status.TDX_PAGE_METADATA_INCORRECT)
+        if good:
+            flushed = take(self._cached, pfns) == hkid
+            self._cached[pfns if np.count_nonzero(flushed) == good else where(pfns, flushed)] = 0
         return Result(good, status | Operand.RCX if status else status)
+
+    def _leave_in_caches(self, pages: Sel, hkid: int) -> None:
+        """4K pages belong to nobody now; lines of theirs may be in caches still, under the key of whoever had them."""
+        if count(pages):
+            self._cached[pages] = hkid
+            highest = last(pages) if isinstance(pages, slice) else int(pages.max())
+            self._cached_below = max(self._cached_below, highest + 1)
 
     # ---- the guest's side -------------------------------------------------------------------------------------
 
@@ -1997,14 +2018,18 @@ class TdxModule:
         """The host reads or writes whole frames; a page of a TD does not stop it.
 
         A read returns zeros or ciphertext. A write takes the lines from the TD: the page's content is gone, and who
-        reads it next in the TD, or in the module, gets a machine check.
+        reads it next in the TD, or in the module, gets a machine check. So it is with pages that are no TD's any more,
+        for the host itself: while caches hold lines of the TD, which may be written back over what the host writes
+        (TDH.PHYMEM.PAGE.WBINVD was missed), and while memory still has the TD's key (no direct stores over all of it:
+        a write of a part of a line is a machine check for who reads it, X86_BUG_TDX_PW_MCE).
         """
         owned = np.zeros(count(pfns), bool)
         for level in range(3):
             if level == 0 or self.nr_large[level]:
                 owned |= (take(self.pamt[level], _index_any(pfns, level)) & 15) > PageType.PT_RSVD
         if not np.count_nonzero(owned):
-            return HostVerdict.OK
+            left = any(np.count_nonzero(take(what, pfns)) for what in (self.memory.key, self._cached))
+            return HostVerdict.POISONED if write and left else HostVerdict.OK
         if not write:
             return HostVerdict.ZEROS if self.reads_zeros else HostVerdict.CIPHERTEXT
         theirs = where(pfns, owned)

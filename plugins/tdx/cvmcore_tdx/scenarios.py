@@ -10,7 +10,7 @@ from cvmcore.backend import Backend
 from cvmcore.effects import Steps, drain
 from cvmcore.pages import run
 from cvmcore.sched import Case
-from cvmcore.testing.scenarios import Scenario, patched
+from cvmcore.testing.scenarios import Scenario, patched, touch_and_convert
 from cvmcore.testing.world import STAMP, World
 from cvmcore.types import PG_LEVEL_2M, Shutdown
 from cvmcore.vcpu import Accept, Touch
@@ -40,18 +40,6 @@ def split_and_accept(backend: Backend) -> Case:
     drain(world.fault(0, run(512, 1)))
     assert world.vm.tdp.root_for(True).level_at(600) == PG_LEVEL_2M
     return world.case({"vcpu0": accept_small, "vcpu1": accept_large}, check)
-
-
-def touch_and_remove(backend: Backend) -> Case:
-    """A vCPU uses a page while the VMM takes it away: it is inside when the epoch changes."""
-    world = World(backend)
-    world.machine.guest.write(run(5, 1))
-
-    def check(results: list[Any]) -> None:
-        if world.vm.dead:
-            assert isinstance(results[0], Shutdown) and "accepted" in world.vm.dead_because, world.vm.dead_because
-
-    return world.case({"vcpu0": lambda: world.touch(0), "vmm": lambda: world.attributes(False)}, check)
 
 
 def touch_below_blocked(backend: Backend) -> Case:
@@ -96,7 +84,7 @@ SCENARIOS = (
     ),
     Scenario(
         "tdx-touch-remove", "a vCPU is inside while a page is removed", "BLOCK, TRACK, kick, then REMOVE",
-        touch_and_remove, no_tracking, alone=("tdx",),
+        touch_and_convert, no_tracking, alone=("tdx",),
     ),
     Scenario(
         "tdx-touch-blocked", "two vCPUs use pages below a table that is blocked to be merged",

@@ -348,3 +348,27 @@ def test_a_td_that_cannot_run(world: Any) -> None:
     world.end()
     with pytest.raises(ValueError):
         world.module.tdg_mem_page_accept(world.tdr, 0, run(0, 1))
+
+
+def test_a_page_that_left_the_td_is_the_hosts_once_it_is_flushed_and_cleared(new_world: Any) -> None:
+    """Until then lines of the TD may come over what the host writes, and its key is in memory: both have to go."""
+    for steps in (("wbinvd", "clear"), ("clear", "wbinvd"), ("wbinvd under another key", "clear"), ("clear",)):
+        world = new_world().run()
+        world.map(run(0, 4), run(60, 4))
+        world.memory.write(run(60, 4), 7, HKID)
+        world.block(run(0, 2))
+        world.track()
+        m = world.module
+        world.done(m.tdh_mem_page_remove(world.tdr, 0, run(0, 2)), 2)
+        assert m.host_access(run(60, 1), True) is HostVerdict.POISONED
+        for step in steps:
+            assert m.host_access(run(60, 2), True) is HostVerdict.POISONED
+            if step == "clear":
+                world.memory.clear(run(60, 2))
+            else:
+                world.done(m.tdh_phymem_page_wbinvd(run(60, 2), HKID if step == "wbinvd" else m.global_hkid), 2)
+        left = HostVerdict.OK if len(steps) == 2 and "wbinvd" in steps else HostVerdict.POISONED
+
+        assert m.host_access(run(60, 2), True) is left
+        assert m.host_access(run(60, 2), False) is HostVerdict.OK
+        world.check()
