@@ -88,6 +88,9 @@ class Vm:
         self.slots_lock = Lock(f"vm{vm_id}.slots_lock", 20)
         self.srcu = Lock(f"vm{vm_id}.srcu", 35)
         self.notifier_count = Lock(f"vm{vm_id}.mn_active", 25)
+        self.active_count = 0
+        """Invalidations by hva that have begun and not ended (mn_active_invalidate_count): who holds the lock for read.
+        Memslots change while there is none."""
         mm.notifiers.append(self)
 
     @property
@@ -334,17 +337,17 @@ class Vm:
             yield from take_away
             return
         yield self.notifier_count.read
+        self.active_count += 1
         ranges = self.slots.in_hva_range(hva_page, n)
-        if not ranges:
-            yield from take_away
-            yield self.notifier_count.release
-            return
-        kinds = self.host.contract.kinds(Cause.NOTIFIER, Filter.SHARED)
-        callback = invalidate.callback_of(self, ranges, Cause.NOTIFIER)
-        zapped = yield from invalidate.begin(self, ranges, kinds, callback=callback)
-        yield from self.host.ops.call("memory_reclaimed", vm=self, nr_pages=zapped)
+        if ranges:
+            kinds = self.host.contract.kinds(Cause.NOTIFIER, Filter.SHARED)
+            callback = invalidate.callback_of(self, ranges, Cause.NOTIFIER)
+            zapped = yield from invalidate.begin(self, ranges, kinds, callback=callback)
+            yield from self.host.ops.call("memory_reclaimed", vm=self, nr_pages=zapped)
         yield from take_away
-        yield from invalidate.end(self, ranges)
+        if ranges:
+            yield from invalidate.end(self, ranges)
+        self.active_count -= 1
         yield self.notifier_count.release
 
     def release(self) -> Steps[None]:

@@ -25,6 +25,8 @@ from cvmcore.host import Host
 from cvmcore.mem import invalidate
 from cvmcore.mem.attributes import Attributes
 from cvmcore.mem.frames import Frames
+from cvmcore.mem.gmem import HUGE
+from cvmcore.mem.mmulock import Frame
 from cvmcore.mem.slots import MIXED, Memslot
 from cvmcore.mem.tdp import FRAME_SHIFT, FROZEN, PRESENT, WRITABLE, TableCache, Tdp
 from cvmcore.pages import Sel, array_of, run
@@ -88,6 +90,19 @@ class Owning(FakeMirror):
 
 
 OWNING = backend_of("owning", Owning)
+
+
+class Limiting(Owning):
+    """Owning, and says how large its frames may be mapped."""
+
+    limit = 0
+
+    @hookimpl
+    def max_mapping_level(self, pfns: Sel) -> int:
+        return self.limit
+
+
+LIMITING = backend_of("limiting", Limiting)
 
 
 class Watched(Box):
@@ -236,6 +251,22 @@ def _(b: Watched) -> None:
     b.slot.flags |= 1
 
 
+@breaks("huge_leaves_backed", backing="2m")
+def _(b: Watched) -> None:
+    """The folio was split, and the leaf stayed."""
+    b.inode.words[:512] &= ~np.uint32(HUGE)
+
+
+@breaks("huge_leaves_backed", DEFAULT, backing="2m")
+def _(b: Watched) -> None:
+    b.vm.mm.mappings[0].words[7] &= ~np.uint32(1)
+
+
+@breaks("huge_leaves_backed", LIMITING, backing="2m")
+def _(b: Watched) -> None:
+    b.host.ops.hooks["max_mapping_level"].fn.__self__.limit = 1
+
+
 @breaks("mixed_is_true")
 def _(b: Watched) -> None:
     b.vm.attributes.words[600] = 0
@@ -334,6 +365,31 @@ def _(b: Watched) -> tuple[object, ...]:
 @breaks("no_invalidation")
 def _(b: Watched) -> None:
     b.vm.frame.in_progress += 1
+
+
+@breaks("no_invalidation")
+def _(b: Watched) -> None:
+    """The notifier's start has come, and not its end."""
+    b.vm.active_count += 1
+
+
+@breaks("no_invalidation", policies={"mmu_lock": "sharded"})
+def _(b: Watched) -> None:
+    """One shard was forgotten at the end."""
+    b.vm.frame.add(0, 8)
+    Frame.drop(b.vm.frame)
+
+
+@breaks("frame_is_sound")
+def _(b: Watched) -> None:
+    b.vm.active_count -= 1
+
+
+@breaks("frame_is_sound", policies={"mmu_lock": "sharded"})
+def _(b: Watched) -> None:
+    b.vm.frame.add(0, 8)
+    b.vm.frame.drop(0, 8)
+    b.vm.frame.parts[1].seq -= 1
 
 
 @breaks("frame_is_sound")

@@ -37,6 +37,11 @@ class Frame:
         self.start = 0
         self.end = 0
 
+    @property
+    def parts(self) -> list[Frame]:
+        """This frame, and those that it is the sum of."""
+        return [self]
+
     def add(self, start: int, end: int) -> None:
         """One more invalidation, of gfns [start, end): the first one sets the range, nested ones widen it."""
         if self.in_progress:
@@ -73,6 +78,10 @@ class ShardedFrame(Frame):
     def __init__(self) -> None:
         super().__init__()
         self._shards: dict[int, Frame] = {}
+
+    @property
+    def parts(self) -> list[Frame]:
+        return [self, *self._shards.values()]
 
     def add(self, start: int, end: int) -> None:
         super().add(start, end)

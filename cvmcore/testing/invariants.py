@@ -328,6 +328,31 @@ def huge_leaves_allowed(s: State) -> Wrong | None:
     return _first(huge.level > limit, "a leaf is too large", huge.gfn, huge.pfn, level=huge.level, limit=limit)
 
 
+@_row(8, "no leaf is larger than what backs it, and than the vendor says of its frames", ALWAYS, When.QUIET)
+def huge_leaves_backed(s: State) -> Wrong | None:
+    leaves = _of_open_files(s)
+    huge = leaves.where(leaves.level > PG_LEVEL_4K)
+    if not len(huge):
+        return None
+    gmem_only = np.array([slot.gmem_only for slot in s.slots] + [False])[s.slot_of(huge.gfn)]
+    uses_gmem = gmem_only | (huge.private & s.caps.private_by_attribute)
+    small = ~s.backed_large(huge.gfn, huge.private)
+    if not s.caps.honours_notifiers:
+        small &= uses_gmem  # what the VMM gives up stays mapped as it was
+    if wrong := _first(small, "a huge leaf has small pages behind it", huge.gfn, huge.pfn, level=huge.level):
+        return wrong
+    if not s.host.ops.has("max_mapping_level"):
+        return None
+    asked = huge.where(uses_gmem & (huge.gfn == _heads(huge)))
+    for gfn, pfn, level, private in zip(asked.gfn, asked.pfn, asked.level, asked.private, strict=True):
+        pages = {"gfns": slice(gfn, gfn + 1, 1), "pfns": slice(pfn, pfn + 1, 1)}
+        limit = peek(s.host, "max_mapping_level", vm=s.vm, **pages, private=bool(private))
+        if limit and limit < level:
+            states: dict[str, object] = {"level": int(level), "limit": limit}
+            return Wrong("a leaf is larger than max_mapping_level", gfn=int(gfn), pfn=int(pfn), states=states)
+    return None
+
+
 def _size(leaves: Leaves) -> IntArray:
     size: IntArray = np.left_shift(1, 9 * (leaves.level.astype(np.int64) - 1))
     return size
@@ -477,19 +502,23 @@ def _all_zapped(step: Step) -> bool:
 # ---- 14, 15: invalidation and TLBs ----------------------------------------------------------------------------
 
 
-@_row(14, "no invalidation is in progress", ALWAYS, When.QUIET)
+@_row(14, "no invalidation is in progress, of a shard neither, and none by hva is active", ALWAYS, When.QUIET)
 def no_invalidation(s: State) -> Wrong | None:
-    n = s.vm.frame.in_progress
-    return Wrong("an invalidation was not ended", states={"in_progress": n}) if n else None
+    in_progress, active = max(frame.in_progress for frame in s.vm.frame.parts), s.vm.active_count
+    if not in_progress and not active:
+        return None
+    return Wrong("an invalidation was not ended", states={"in_progress": in_progress, "active_count": active})
 
 
 @_row(14, "seq moves once for every invalidation that ended; the range of an open one is set", ALWAYS, When.ANY)
 def frame_is_sound(s: State) -> Wrong | None:
-    frame = s.vm.frame
-    if frame.in_progress < 0 or frame.seq != frame.opened - frame.in_progress:
-        return Wrong("seq does not count the ends of invalidations", states=vars(frame))
-    if frame.in_progress and frame.start >= frame.end:
-        return Wrong("an invalidation has no range", states=vars(frame))
+    for frame in s.vm.frame.parts:
+        if frame.in_progress < 0 or frame.seq != frame.opened - frame.in_progress:
+            return Wrong("seq does not count the ends of invalidations", states=vars(frame))
+        if frame.in_progress and frame.start >= frame.end:
+            return Wrong("an invalidation has no range", states=vars(frame))
+    if s.vm.active_count < 0:
+        return Wrong("more invalidations by hva ended than began", states={"active_count": s.vm.active_count})
     return None
 
 
@@ -899,7 +928,7 @@ def nothing_is_left(s: State) -> Wrong | None:
         "users": vm.users,
         "locked pages": max(0, vm.memlock_pages - s.frames.leaked()),  # a page that is leaked keeps its charge
         "vCPUs inside": sum(vcpu.in_guest for vcpu in vm.vcpus),
-        "invalidations": vm.frame.in_progress,
+        "invalidations": vm.frame.in_progress + vm.active_count,
     }
     left: dict[str, object] = {name: n for name, n in counts.items() if n}
     return Wrong("a VM was destroyed and left something", states=left) if left else None

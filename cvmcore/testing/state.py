@@ -11,7 +11,9 @@ import numpy.typing as npt
 
 from cvmcore.effects import drain
 from cvmcore.events import Event
+from cvmcore.mem.gmem import HUGE as HUGE_FOLIO
 from cvmcore.mem.gmem import GmemFile, GmemInode
+from cvmcore.mem.mm import HUGE as HUGE_PAGE
 from cvmcore.mem.mm import Mapping
 from cvmcore.mem.tdp import FRAME_SHIFT, PRESENT, TABLE, TOP, WRITABLE, Root
 from cvmcore.pages import IntArray, Words, array_of
@@ -218,6 +220,24 @@ class State:
                 else:
                     frames[here] = mapping.words[index] >> np.uint32(5)
         return frames
+
+    def backed_large(self, gfn: IntArray, private: Bools) -> Bools:
+        """Whether the page behind each gfn, for this kind of access, is part of a large page of the host."""
+        large = np.zeros(len(gfn), bool)
+        owner = self.slot_of(gfn)
+        for i, slot in enumerate(self.slots):
+            mine = owner == i
+            if not mine.any():
+                continue
+            gmem = mine & (private & self.caps.private_by_attribute | slot.gmem_only)
+            if slot.gmem is not None:
+                index = gfn[gmem] - slot.base_gfn + slot.gmem_pgoff
+                large[gmem] = slot.gmem.inode.words[index] & HUGE_FOLIO != 0
+            hva = gfn + (slot.hva_page - slot.base_gfn)
+            for mapping in self.mappings:
+                here = mine & ~gmem & (hva >= mapping.start) & (hva < mapping.end)
+                large[here] = mapping.words[hva[here] - mapping.start] & HUGE_PAGE != 0
+        return large
 
     # ---- files and mappings -----------------------------------------------------------------------------------
 
