@@ -11,7 +11,7 @@ import heapq
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import attrs
 
@@ -356,46 +356,157 @@ class Timed:
 # ---- every order ----------------------------------------------------------------------------------------------
 
 
+@attrs.frozen
+class Standing:
+    """Where a case stands, in fingerprints. state: of all that actors can see of each other, locks apart; where: of
+    each actor with what is its alone.
+
+    tied: actors that hold on to something of `state` that came there since the case was made: `where` they stand must
+    be taken again when it changes. apart: whether an actor's next step depends on nothing but the state, where that
+    actor stands, and who has locks; not so where two actors hold on to one thing that is not of the state.
+    """
+
+    state: object
+    where: tuple[object, ...]
+    tied: frozenset[int] = attrs.field(default=frozenset(), eq=False)
+    apart: bool = attrs.field(default=True, eq=False)
+
+
 @attrs.define(eq=False)
 class Case:
     """A small situation to explore: a host, the actors on it, and what must hold.
 
     check: called when all actors have ended, with their results (an error is an actor's result, too). step: called
-    after steps, while others may be half way. state: two fingerprints, of all that actors can see of each other, locks
-    apart, and of that and of the objects that it is given, the actors, too; with it, no situation is explored twice.
-    again: puts it back to its start and gives the actors anew, where that is less work than to make another case.
+    after steps, while others may be half way. state: where it stands, given the actors; with it, no situation is
+    explored twice. again: puts it back to its start and gives the actors anew, where that is less work than to make
+    another case.
     """
 
     host: Host
     actors: list[tuple[str, Steps[Any]]]
     check: Callable[[list[Any]], None] = lambda results: None
     step: Callable[[], None] = lambda: None
-    state: Callable[[Sequence[object]], tuple[object, object]] | None = None
+    state: Callable[[Sequence[object]], Standing] | None = None
     again: Callable[[], list[tuple[str, Steps[Any]]]] | None = None
 
 
 @attrs.frozen
 class Explored:
-    """How much was explored: schedules that came to their end, those given up as known already, steps of all;
-    situations (the state and where each actor stands) and ends that differ, where the case can tell."""
+    """How much was explored: schedules that came to their end, those given up as known already; steps that were run,
+    those of schedules that begin alike counted each time, and steps of which it was known where they lead; how often
+    the case was begun; situations (the state and where each actor stands) and ends that differ, where the case can
+    tell."""
 
     schedules: int
     steps: int
     pruned: int = 0
     situations: int = 0
     ends: int = 0
+    known: int = 0
+    runs: int = 0
 
 
 MAX_STEPS = 10_000
 """Steps of one schedule after which it counts as a livelock."""
 
+Locks: TypeAlias = frozenset[tuple[str, bool]]
+"""Locks by (name, write)."""
+
+
+@attrs.frozen
+class _Step:
+    """One step: the locks it took, tried or dropped, those that it tried, and whether its actor retries now."""
+
+    locks: Locks
+    tried: Locks
+    retries: bool
+
+
+class _Run:
+    """A case under way: its actors, what they did so far, and who can go on."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.actors = [Actor(name, steps) for name, steps in case.actors]
+        self.locks = _Locks(case.host)
+        self.trail: list[tuple[int, str]] = []
+        """Who went at each step, and up to which effect."""
+
+    def start(self) -> None:
+        """What an actor does before its first effect is its own business."""
+        for actor in self.actors:
+            self.locks.advance(actor)
+
+    def able(self) -> list[int]:
+        """Who can go on; nobody, when all have ended. InvariantViolation for a deadlock."""
+        able = [i for i, actor in enumerate(self.actors) if not actor.done and not self.locks.blocked(actor)]
+        if not able and (waiting := [actor for actor in self.actors if not actor.done]):
+            raise InvariantViolation(
+                "deadlock: " + ", ".join(f"{actor.name} wants {actor.pending}" for actor in waiting), number=31
+            )
+        return able
+
+    def busy(self) -> frozenset[int]:
+        """Whose next step tries a lock that is not free."""
+        found = []
+        for i, actor in enumerate(self.actors):
+            effect = actor.pending
+            if effect is not None and effect.tries:
+                assert effect.lock is not None and effect.takes is not None
+                if not self.locks.state(effect.lock).free_for(effect.takes):
+                    found.append(i)
+        return frozenset(found)
+
+    def holders(self) -> frozenset[tuple[str, str]]:
+        """Locks that are held, with who holds them, by their names."""
+        return frozenset((lock.name, actor.name) for actor in self.actors for lock, _ in actor.held.locks)
+
+    def step(self, taken: int) -> _Step:
+        """One step of an actor: up to its next effect that is not a release."""
+        if len(self.trail) == MAX_STEPS:
+            raise InvariantViolation(f"no end after {MAX_STEPS} steps: a livelock")
+        actor = self.actors[taken]
+        self.trail.append((taken, "fails"))
+        touched: set[tuple[str, bool]] = set()
+        tried: set[tuple[str, bool]] = set()
+        self._apply(actor, touched, tried)
+        self.locks.advance(actor)
+        while actor.pending is not None and actor.pending.kind == "release":
+            self._apply(actor, touched, tried)
+            self.locks.advance(actor)
+        if actor.done:
+            touched |= {(lock.name, write) for lock, write in actor.held.locks}
+            self.locks.drop_all(actor)
+        self.trail[-1] = taken, str(actor.pending) if actor.pending else "end"
+        retries = actor.pending is not None and actor.pending.name == "fault.retry"
+        return _Step(frozenset(touched), frozenset(tried), retries)
+
+    def _apply(self, actor: Actor, touched: set[tuple[str, bool]], tried: set[tuple[str, bool]]) -> None:
+        effect = actor.pending
+        if effect is not None and effect.lock is not None:
+            write = effect.takes
+            if write is None:
+                write = next((w for lock, w in actor.held.locks if lock is effect.lock), True)
+            touched.add((effect.lock.name, write))
+            if effect.tries:
+                tried.add((effect.lock.name, write))
+        self.locks.apply(actor)
+
+    def results(self) -> list[Any]:
+        """What the actors returned, or raised."""
+        return [actor.error if actor.error is not None else actor.result for actor in self.actors]
+
+    def close(self) -> None:
+        for actor in self.actors:
+            actor.steps.close()
+
 
 @attrs.frozen
 class _Footprint:
-    """What one step did to what other actors can see: whether it changed the state, and its locks by (name, write)."""
+    """What one step did to what other actors can see: whether it changed the state, and its locks."""
 
     wrote: bool
-    locks: frozenset[tuple[str, bool]]
+    locks: Locks
 
     def commutes(self, other: _Footprint) -> bool:
         """Whether the two steps, of different actors and from one situation, may change places."""
@@ -408,6 +519,36 @@ class _Footprint:
         )
 
 
+@attrs.frozen(eq=False)
+class _Place:
+    """A situation, and who can do what there. stands: None where the case does not tell."""
+
+    stands: Standing | None
+    able: list[int]
+    busy: frozenset[int]
+    holders: frozenset[tuple[str, str]]
+
+    @property
+    def state(self) -> object:
+        return self if self.stands is None else self.stands.state
+
+    def from_here(self, actor: int) -> object:
+        """All that decides what an actor's next step does; None where that cannot be told."""
+        if self.stands is None or not self.stands.apart:
+            return None
+        return actor, self.stands.state, self.stands.where[actor], actor in self.busy
+
+
+@attrs.frozen
+class _Led:
+    """Where a step led: the state after it, where its actor stands, and whether that is tied to the state."""
+
+    state: object
+    where: object
+    tied: bool
+    step: _Step
+
+
 @attrs.frozen
 class _Found:
     """What made an actor retry: the state, and the holders of the locks (by name) that it tried."""
@@ -417,9 +558,8 @@ class _Found:
     holders: frozenset[tuple[str, str]]
 
     @staticmethod
-    def now(state: object, tried: frozenset[str], actors: list[Actor]) -> _Found:
-        held = {(lock.name, a.name) for a in actors for lock, _ in a.held.locks if lock.name in tried}
-        return _Found(state, tried, frozenset(held))
+    def at(place: _Place, tried: frozenset[str]) -> _Found:
+        return _Found(place.state, tried, frozenset(one for one in place.holders if one[0] in tried))
 
 
 @attrs.define(eq=False)
@@ -428,9 +568,11 @@ class _Choice:
 
     able: whom to try; asleep: actors whose next step was explored before, in an order that is the same but for steps
     that commute. awake: who can go on and would not only find again what made it retry. resting: actors that retry,
-    with what they found and would find again: the state, and who had the locks they tried.
+    with what they found and would find again: the state, and who had the locks they tried. tries: the locks that each
+    actor tried since it began.
     """
 
+    place: _Place
     able: list[int]
     asleep: dict[int, _Footprint]
     resting: dict[int, _Found]
@@ -438,10 +580,11 @@ class _Choice:
     """Who could simply go on; everybody else would interrupt it."""
     interruptions: int
     awake: list[int]
-    state: object = None
-    situation: object = None
+    tries: tuple[Locks, ...]
     taken: int = 0
     tried: dict[int, _Footprint] = attrs.field(factory=dict)
+    then: _Choice | None = None
+    """The place that the step taken leads to, where that was known before it was run."""
 
     def sleepers(self) -> dict[int, _Footprint]:
         """Who sleeps after the step that is taken here: everybody explored before whose step commutes with it."""
@@ -452,6 +595,28 @@ class _Choice:
     def next_untried(self) -> int | None:
         return next((i for i in self.able if i not in self.tried and i not in self.asleep), None)
 
+    def after(self, step: _Step, place: _Place, most: int | None) -> _Choice:
+        """The place that the step taken has led to: whoever went last first, so that interruptions come later."""
+        tries, resting, locks = list(self.tries), dict(self.resting), step.locks
+        tries[self.taken] |= step.tried
+        if step.retries:
+            # Whether it will rest depends on every lock that it tried since it began.
+            locks |= tries[self.taken]
+            resting[self.taken] = _Found.at(place, frozenset(name for name, _ in tries[self.taken]))
+            tries[self.taken] = frozenset()
+        self.tried[self.taken] = _Footprint(self.place.state != place.state, locks)
+        resting = {i: was for i, was in resting.items() if was == _Found.at(place, was.tried)}
+        everybody = awake = [i for i in place.able if i not in resting] or place.able
+        interrupted = self.interruptions + (self.running not in (None, self.taken))
+        running = self.taken if self.taken in awake else None
+        if running is not None:
+            awake = [running, *(i for i in awake if i != running)]
+            if interrupted == most:
+                awake = [running]
+        # With a bound, an order that is the same but for commuting steps may be out of bounds: nobody sleeps.
+        asleep = self.sleepers() if most is None else {}
+        return _Choice(place, awake, asleep, resting, running, interrupted, everybody, tuple(tries))
+
 
 def explore(make: Callable[[], Case], *, limit: int | None = None, interruptions: int | None = None) -> Explored:
     """Run the case under every order of its actors' steps, each time from the start.
@@ -460,14 +625,15 @@ def explore(make: Callable[[], Case], *, limit: int | None = None, interruptions
     a release can always be moved ahead of what others do meanwhile, so it makes no order of its own.
     An actor that yields the point `fault.retry` waits until another one has moved. Where the case tells its `state`, it
     waits until another one has changed something; a situation that was met before is not gone on with, nor looked at
-    again; and of orders that differ only in steps which commute one is run (sleep sets with states kept, Godefroid
-    1996).
+    again; of orders that differ only in steps which commute one is run (sleep sets with states kept, Godefroid 1996);
+    and a step that was run before, from the same state by an actor that stood where it stands now, is not run to see
+    where it leads.
     Raises whatever a check raises, with the schedule that led there in a note; InvariantViolation for a deadlock, and
     where actors go round in a circle that nobody can leave.
     limit: stop after so many schedules. interruptions: only orders in which no more actors than that are interrupted
     when they could go on; for cases with too many steps to try all orders.
     """
-    return _Search(make, interruptions).run(limit)
+    return _Search(make, interruptions, limit).run()
 
 
 def seek(make: Callable[[], Case]) -> Explored:
@@ -481,112 +647,158 @@ def seek(make: Callable[[], Case]) -> Explored:
 class _Search:
     """A depth-first search: the path of choices that is tried, and what is known from the paths before it."""
 
-    def __init__(self, make: Callable[[], Case], interruptions: int | None) -> None:
+    def __init__(self, make: Callable[[], Case], interruptions: int | None, limit: int | None) -> None:
         self.make = make
         self.most = interruptions
+        self.limit = limit
         self.case: Case | None = None
         self.path: list[_Choice] = []
         self.met: dict[object, frozenset[int]] = {}
         """Situations that were met, and who was asleep whenever one was."""
+        self.places: dict[object, _Place] = {}
+        self.led: dict[object, _Led] = {}
+        """Where steps led, by all that decides it."""
         self.looked_at: set[object] = set()
         self.ends: set[object] = set()
+        self.schedules = self.pruned = self.steps = self.known = self.runs = 0
 
-    def run(self, limit: int | None) -> Explored:
+    def run(self) -> Explored:
         path = self.path
-        schedules = steps = pruned = 0
         while True:
-            ended, n = self._run_once()
-            schedules += ended
-            pruned += not ended
-            steps += n
+            self._run_once()
             # The last choice that has an alternative left; everything after it starts over.
-            while path and path[-1].next_untried() is None:
+            while path and not self._pick(path[-1]):
                 path.pop()
-            if not path or (limit is not None and schedules >= limit):
-                return Explored(schedules, steps, pruned, len(self.met), len(self.ends))
-            path[-1].taken = path[-1].next_untried() or 0
+            if not path:
+                return Explored(
+                    self.schedules, self.steps, self.pruned, len(self.met), len(self.ends), self.known, self.runs
+                )
 
-    def _start(self) -> Case:
-        """The case from its start."""
-        self.case = _anew(self.case, self.make)
-        return self.case
-
-    def _run_once(self) -> tuple[bool, int]:
-        """One schedule: the choices of the path, then always the first, with at most so many interruptions; what is
-        chosen is appended. Returns whether it came to its end (else all that could go on was known), and the steps."""
-        case, path = self._start(), self.path
-        actors = [Actor(name, steps) for name, steps in case.actors]
-        locks = _Locks(case.host)
-        known = len(path) - 1
-        trail: list[str] = []
-        n = 0
+    def _run_once(self) -> None:
+        """One schedule: the choices of the path, then always the first; what is chosen is appended. It ends with its
+        actors, or where all that could go on is known."""
+        path = self.path
+        self.case = case = _anew(self.case, self.make)
+        self.runs += 1
+        run = _Run(case)
         try:
-            for actor in actors:
-                # What an actor does before its first effect is its own business.
-                locks.advance(actor)
-            resting: dict[int, _Found] = path[-1].resting if path else {}
-            tries: list[set[tuple[str, bool]]] = [set() for _ in actors]
-            state, situation = (None, None) if path else _state(case, actors)
-            while any(not actor.done for actor in actors):
-                able = [i for i, a in enumerate(actors) if not a.done and not locks.blocked(a)]
-                if not able:
-                    raise InvariantViolation(
-                        "deadlock: " + ", ".join(f"{a.name} wants {a.pending}" for a in actors if not a.done),
-                        number=31,
-                    )
-                if n == len(path):
-                    resting = {i: was for i, was in resting.items() if was == _Found.now(state, was.tried, actors)}
-                    awake = [i for i in able if i not in resting] or able
-                    choice = _next_choice(path, awake, resting, self.most)
-                    choice.state, choice.situation = state, situation
-                    first = self._news(choice)
-                    if first is None:
-                        return False, n
-                    choice.taken = first
-                    path.append(choice)
-                choice = path[n]
-                if choice.taken not in able:
-                    raise InvariantViolation("a case must do the same each time that it is made")
-                actor = actors[choice.taken]
-                touched = _step(locks, actor, tries[choice.taken])
-                n += 1
-                if n > MAX_STEPS:
-                    raise InvariantViolation(f"no end after {MAX_STEPS} steps: a livelock")
-                trail.append(f"{actor.name}: {actor.pending if actor.pending else 'end'}")
-                retries = actor.pending is not None and actor.pending.name == "fault.retry"
-                if n > known:
-                    state, situation = _state(case, actors)
-                    if case.state is None or state not in self.looked_at:
-                        case.step()
-                        self.looked_at.add(state)
-                    if retries:
-                        # Whether it will rest depends on every lock that it tried since it began.
-                        touched |= tries[choice.taken]
-                        tried = frozenset(name for name, _ in tries[choice.taken])
-                        resting = {**resting, choice.taken: _Found.now(state, tried, actors)}
-                    choice.tried[choice.taken] = _Footprint(choice.state != state, touched)
-                if retries:
-                    tries[choice.taken].clear()
-            if case.state is None or situation not in self.ends:
-                case.check([a.error if a.error is not None else a.result for a in actors])
-                self.ends.add(situation)
+            run.start()
+            for choice in path[:-1]:
+                self._step(run, choice)
+            step = self._step(run, path[-1]) if path else None
+            while (choice := self._arrive(run, step)) is not None:  # type: ignore[assignment]
+                path.append(choice)
+                if not self._pick(choice):
+                    return
+                step = self._step(run, choice)
         except Exception as error:
-            error.add_note("schedule:\n  " + "\n  ".join(trail))
-            error.schedule = [choice.taken for choice in path[:n]]  # type: ignore[attr-defined]
+            names = [actor.name for actor in run.actors]
+            error.add_note("schedule:\n  " + "\n  ".join(f"{names[i]}: {what}" for i, what in run.trail))
+            error.schedule = [taken for taken, _ in run.trail]  # type: ignore[attr-defined]
             raise
         finally:
-            for actor in actors:
-                actor.steps.close()
-        return True, n
+            run.close()
 
-    def _news(self, choice: _Choice) -> int | None:
-        """Who goes first in a situation, and whom there is no need to try; None where it was met and all is known."""
-        if choice.situation is None:
-            return choice.next_untried()
-        key = (choice.situation, frozenset(choice.resting))
+    def _step(self, run: _Run, choice: _Choice) -> _Step:
+        if choice.taken not in run.able():
+            raise InvariantViolation("a case must do the same each time that it is made")
+        self.steps += 1
+        return run.step(choice.taken)
+
+    def _arrive(self, run: _Run, step: _Step | None) -> _Choice | None:
+        """The choice where the run stands, after the last step of the path; None where there is no need to go on."""
+        case = run.case
+        if step is None:
+            place = self._place(run, None if case.state is None else case.state(run.actors))
+            choice = _Choice(place, place.able, {}, {}, None, 0, place.able, tuple(frozenset() for _ in run.actors))
+        else:
+            last = self.path[-1]
+            if last.then is not None:
+                return last.then
+            place = self._place(run, self._stands(run, last, step))
+            if case.state is None or place.state not in self.looked_at:
+                case.step()
+                self.looked_at.add(place.state)
+            choice = last.after(step, place, self.most)
+        if not place.able:
+            if place.stands is None or place.stands not in self.ends:
+                case.check(run.results())
+                self.ends.add(place.stands)
+            self.schedules += 1
+            return None
+        if self._circle(choice):
+            raise InvariantViolation("a livelock: after some steps everything is as it was before")
+        if self._news(choice):
+            return choice
+        self.pruned += 1
+        return None
+
+    def _stands(self, run: _Run, last: _Choice, step: _Step) -> Standing | None:
+        """Where the run stands after a step: looked up, or looked at and noted."""
+        if run.case.state is None:
+            return None
+        before, i = last.place.from_here(last.taken), last.taken
+        stands = self._known(last, i)
+        if stands is None:
+            stands = run.case.state(run.actors)
+            if before is not None and stands.apart:
+                self.led[before] = _Led(stands.state, stands.where[i], i in stands.tied, step)
+        return stands
+
+    def _known(self, choice: _Choice, actor: int) -> Standing | None:
+        """Where an actor's next step leads, where that is known."""
+        place = choice.place
+        led = self.led.get(place.from_here(actor))
+        if led is None:
+            return None
+        assert place.stands is not None
+        if led.state != place.state and place.stands.tied - {actor}:
+            return None
+        where = (*place.stands.where[:actor], led.where, *place.stands.where[actor + 1 :])
+        tied = place.stands.tied - {actor}
+        return Standing(led.state, where, tied | {actor} if led.tied else tied)
+
+    def _place(self, run: _Run, stands: Standing | None) -> _Place:
+        if stands is None:
+            return _Place(None, run.able(), run.busy(), run.holders())
+        place = self.places.get(stands)
+        if place is None:
+            place = self.places[stands] = _Place(stands, run.able(), run.busy(), run.holders())
+        return place
+
+    def _pick(self, choice: _Choice) -> bool:
+        """Choose who goes next, at the end of the path: the first whose step leads to what is not known, or of which
+        that is not known without running it. False where nobody is left."""
+        choice.then = None
+        while self.limit is None or self.schedules < self.limit:
+            i = choice.next_untried()
+            if i is None:
+                return False
+            choice.taken = i
+            stands = self._known(choice, i)
+            place = None if stands is None else self.places.get(stands)
+            if place is None or (not place.able and stands not in self.ends):
+                return True
+            then = choice.after(self.led[choice.place.from_here(i)].step, place, self.most)
+            if place.able and self._circle(then):
+                return True
+            self.known += 1
+            if not place.able:
+                self.schedules += 1
+            elif self._news(then):
+                choice.then = then
+                return True
+            else:
+                self.pruned += 1
+        return False
+
+    def _news(self, choice: _Choice) -> bool:
+        """Whether there is anybody to try: not where the situation was met and all is known."""
+        if choice.place.stands is None:
+            return True
+        key = (choice.place.stands, frozenset(choice.resting))
         if self.most is not None:
             key = (*key, choice.running, choice.interruptions)  # type: ignore[assignment]
-        self._go_round(choice)
         asleep = frozenset(choice.asleep)
         before = self.met.get(key)
         if before is not None:
@@ -594,17 +806,17 @@ class _Search:
             choice.able = [i for i in choice.able if i in before]
             asleep &= before
         self.met[key] = asleep
-        return choice.next_untried()
+        return choice.next_untried() is not None
 
-    def _go_round(self, choice: _Choice) -> None:
-        """InvariantViolation where the path came back to a situation, and everybody who could have led out of it has
-        gone along."""
+    def _circle(self, choice: _Choice) -> bool:
+        """Whether the path came back to a situation, and everybody who could have led out of it has gone along."""
+        if choice.place.stands is None:
+            return False
         for at, earlier in enumerate(self.path):
-            if earlier.situation == choice.situation:
+            if earlier.place.stands == choice.place.stands:
                 circle = self.path[at:]
-                if {i for one in circle for i in one.awake} == {one.taken for one in circle}:
-                    raise InvariantViolation("a livelock: after some steps everything is as it was before")
-                return
+                return {i for one in circle for i in one.awake} == {one.taken for one in circle}
+        return False
 
 
 @attrs.frozen
@@ -623,39 +835,24 @@ class Played:
 def play(case: Case, choose: Callable[[int, list[int]], int]) -> Played:
     """Run one schedule: `choose(step, able)` says which of the actors that can go on goes on. What a check raises is
     kept in the result."""
-    actors = [Actor(name, steps) for name, steps in case.actors]
-    locks = _Locks(case.host)
-    steps: list[tuple[int, str]] = []
+    run = _Run(case)
     error: Exception | None = None
     resting: set[int] = set()
     try:
-        for actor in actors:
-            locks.advance(actor)
-        while any(not actor.done for actor in actors):
-            able = [i for i, a in enumerate(actors) if not a.done and not locks.blocked(a)]
-            if not able:
-                waiting = ", ".join(f"{a.name} wants {a.pending}" for a in actors if not a.done)
-                raise InvariantViolation(f"deadlock: {waiting}", number=31)
-            taken = choose(len(steps), [i for i in able if i not in resting] or able)
+        run.start()
+        while able := run.able():
+            taken = choose(len(run.trail), [i for i in able if i not in resting] or able)
             if taken not in able:
-                raise InvariantViolation(f"step {len(steps)}: {actors[taken].name} cannot go on there")
-            resting.discard(taken)
-            _step(locks, actor := actors[taken], set())
-            steps.append((taken, str(actor.pending) if actor.pending else "end"))
-            if actor.pending is not None and actor.pending.name == "fault.retry":
-                resting.add(taken)
-            else:
-                resting.clear()
-            if len(steps) > MAX_STEPS:
-                raise InvariantViolation(f"no end after {MAX_STEPS} steps: a livelock")
+                name = run.actors[taken].name
+                raise InvariantViolation(f"step {len(run.trail)}: {name} cannot go on there")
+            resting = resting | {taken} if run.step(taken).retries else set()
             case.step()
-        case.check([a.error if a.error is not None else a.result for a in actors])
+        case.check(run.results())
     except Exception as caught:
         error = caught
     finally:
-        for actor in actors:
-            actor.steps.close()
-    return Played([actor.name for actor in actors], steps, error)
+        run.close()
+    return Played([actor.name for actor in run.actors], run.trail, error)
 
 
 def replay(case: Case, schedule: Sequence[int]) -> Played:
@@ -675,59 +872,9 @@ def at_random(make: Callable[[], Case], n: int, seed: int = 0) -> Played | None:
     return None
 
 
-def _next_choice(path: list[_Choice], awake: list[int], resting: dict[int, _Found], most: int | None) -> _Choice:
-    """Who may go after the choices of `path`: whoever went last first, so that interruptions come later."""
-    if not path:
-        return _Choice(awake, {}, resting, None, 0, awake)
-    last = path[-1]
-    everybody = awake
-    interrupted = last.interruptions + (last.running not in (None, last.taken))
-    running = last.taken if last.taken in awake else None
-    if running is not None:
-        awake = [running, *(i for i in awake if i != running)]
-        if interrupted == most:
-            awake = [running]
-    # With a bound, an order that is the same but for commuting steps may be out of bounds: nobody sleeps.
-    asleep = last.sleepers() if most is None else {}
-    return _Choice(awake, asleep, resting, running, interrupted, everybody)
-
-
 def _anew(case: Case | None, make: Callable[[], Case]) -> Case:
     """The case from its start; another one, where it cannot be put back."""
     if case is None or case.again is None:
         return make()
     case.actors = case.again()
     return case
-
-
-def _state(case: Case, actors: list[Actor]) -> tuple[object, object]:
-    """What others can see of the actors' work, and that with the actors themselves; without a way to tell, no two
-    states are alike, and the situation is None."""
-    return (object(), None) if case.state is None else case.state(actors)
-
-
-def _step(locks: _Locks, actor: Actor, tried: set[tuple[str, bool]]) -> frozenset[tuple[str, bool]]:
-    """One step: up to the next effect that is not a release. Returns the locks it took, tried or dropped, and adds
-    those that it tried to `tried`."""
-    touched: set[tuple[str, bool]] = set()
-
-    def apply() -> None:
-        effect = actor.pending
-        if effect is not None and effect.lock is not None:
-            write = effect.takes
-            if write is None:
-                write = next((w for lock, w in actor.held.locks if lock is effect.lock), True)
-            touched.add((effect.lock.name, write))
-            if effect.tries:
-                tried.add((effect.lock.name, write))
-        locks.apply(actor)
-
-    apply()
-    locks.advance(actor)
-    while actor.pending is not None and actor.pending.kind == "release":
-        apply()
-        locks.advance(actor)
-    if actor.done:
-        touched |= {(lock.name, write) for lock, write in actor.held.locks}
-        locks.drop_all(actor)
-    return frozenset(touched)

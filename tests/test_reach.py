@@ -11,7 +11,7 @@ import pytest
 
 from cvmcore.backends.swprot import SWPROT
 from cvmcore.pages import run
-from cvmcore.testing.reach import Kept, fingerprint
+from cvmcore.testing.reach import Baseline, Kept, fingerprint
 from cvmcore.testing.world import World
 
 
@@ -74,6 +74,71 @@ def test_what_cannot_be_seen_is_never_the_same() -> None:
     hidden = memoryview(b"1")
 
     assert fingerprint(hidden) != fingerprint(hidden)
+
+
+# ---- by what it differs from a start ------------------------------------------------------------------------------
+
+
+def thing() -> Thing:
+    return Thing(words=np.arange(8), names={"a": [1]}, slot=Slotted([2]), pair=(1, [3]), calls=0, big=10**6)
+
+
+CHANGES: dict[str, Any] = {
+    "array": lambda it: it.words.__setitem__(3, 0), "list": lambda it: it.names["a"].append(2),
+    "dict": lambda it: it.names.update(b=1), "slot": lambda it: setattr(it.slot, "two", 3),
+    "below a tuple": lambda it: it.pair[1].clear(), "attribute": lambda it: setattr(it, "new", None),
+    "one array for another": lambda it: setattr(it, "words", it.words[::-1].copy()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+def test_a_baseline_sees_each_change(change: Any) -> None:
+    it, others = thing(), thing()
+    baseline, same = Baseline(it), Baseline(others)
+    start = baseline.now()
+    change(it)
+    change(others)
+
+    assert baseline.now() != start
+    assert baseline.now() == same.now()
+
+
+def test_what_is_put_back_is_no_change() -> None:
+    it = thing()
+    baseline = Baseline(it)
+    start = baseline.now()
+    it.words[3], it.calls, it.big = 0, 7, int("1000000")
+    it.words[3] = 3
+
+    assert baseline.now() == start
+
+
+def test_what_is_an_owners_own() -> None:
+    """An owner's number does not depend on what it shares with the world; of what is new there it is told."""
+    it = thing()
+    baseline = Baseline(it)
+    _, before, tied, apart = baseline.now([it.words[2:4], it.slot, [1]], [it.names])
+    it.words[2] = 9
+    it.slot.two = 7
+    assert not tied and apart
+    assert baseline.now([it.words[2:4], it.slot, [1]], [it.names])[1] == before
+    assert baseline.now([it.words[3:5], it.slot, [1]], [it.names])[1] != before
+    assert baseline.now([it.words[2:4], it.slot, [2]], [it.names])[1] != before
+
+    it.new = np.arange(4)
+    assert baseline.now([it.names], [it.new])[2] == {1}
+    assert baseline.now([it.new[1:]], [it.names])[2] == {0}
+    assert baseline.now([iter(it.names)], [iter(it.names["a"])])[2] == {0}
+
+
+def test_two_owners_of_one_thing_are_not_apart() -> None:
+    it, theirs = thing(), [1]
+    baseline = Baseline(it)
+
+    assert baseline.now([it.slot, (1, 2)], [it.slot, (1, 2)])[3]
+    _, own, _, apart = baseline.now([theirs], [(theirs,)])
+    assert not apart and len(own) == 1
+    assert own != baseline.now([theirs], [([1],)])[1]
 
 
 def test_a_world_is_put_back() -> None:

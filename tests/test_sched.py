@@ -15,7 +15,7 @@ from cvmcore.errors import InvariantViolation, UapiError
 from cvmcore.guest import Machine
 from cvmcore.host import Host
 from cvmcore.pages import run
-from cvmcore.sched import Case, Lockdep, Timed, explore
+from cvmcore.sched import Case, Lockdep, Timed, explore, replay
 from cvmcore.types import PAGE_BYTES
 
 ITEM = "vm_exit"
@@ -419,6 +419,29 @@ def test_explore_hands_over_results_and_errors(host: Host) -> None:
 
     assert len(seen) >= 2
     assert all(isinstance(fails, UapiError) and not isinstance(holds, Exception) for fails, holds in seen)
+
+
+def test_a_schedule_has_the_step_that_fails(host: Host) -> None:
+    """So that it leads there again, whoever else could go on."""
+    def make() -> Case:
+        seen: list[str] = []
+
+        def actor(name: str) -> Steps[None]:
+            yield point("p")
+            seen.append(name)
+            if seen == ["b"]:
+                raise InvariantViolation("b was first")
+            yield point("q")
+
+        return Case(host, [("a", actor("a")), ("b", actor("b"))])
+
+    with pytest.raises(InvariantViolation) as caught:
+        explore(make)
+    schedule: list[int] = caught.value.schedule  # type: ignore[attr-defined]
+
+    assert schedule == [1]
+    assert str(replay(make(), schedule).error) == "b was first"
+    assert "b: fails" in caught.value.__notes__[0]
 
 
 def test_explore_stops_at_its_limit(host: Host) -> None:

@@ -1,12 +1,15 @@
-"""All that objects reach: as one number, to tell two situations apart, and kept, to be put back as it stood."""
+"""All that objects reach: as one number, to tell two situations apart; by what it differs from a start; and kept, to be
+put back as it stood."""
 
 from __future__ import annotations
 
 import gc
 from collections import deque
+from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from itertools import count
-from operator import itemgetter
+from operator import is_, itemgetter
 from types import (
     BuiltinFunctionType,
     CellType,
@@ -21,7 +24,7 @@ from types import (
     TracebackType,
     WrapperDescriptorType,
 )
-from typing import Any
+from typing import Any, TypeAlias
 
 import attrs
 import numpy as np
@@ -43,6 +46,9 @@ _UNSEEN = frozenset({
 _BLANK = (Ops, Hook, Meter, Profile, ModuleType, CodeType, FrameType, TracebackType)
 """Objects that are passed over for the same reasons, wherever they are met."""
 
+Parts: TypeAlias = Callable[[Any], tuple[object, ...]]
+"""What an object is made of: plain values, and objects to be looked into in their turn."""
+
 
 def fingerprint(*objects: object, elements: int = ELEMENTS) -> int:
     """A hash of all that stands in these objects and what they reach; see `Fingerprint`."""
@@ -55,19 +61,26 @@ class Fingerprint:
     Follows attributes, containers, arrays, closures and suspended generators: where each stands, its variables and what
     it has on its stack. An object that was met before counts by when it was met. Counters and the clock are left out.
     An object whose inside cannot be seen makes every number another one.
-    seen: bytes of arrays, kept from one to the next, so that an array that did not change is not hashed again.
+    met: objects (by id) that count as met already, with their numbers; those below `base` are of a `Baseline`. What is
+    met from now on has numbers from `first` on.
     """
 
-    def __init__(self, elements: int = ELEMENTS, seen: dict[int, tuple[bytes, bytes]] | None = None) -> None:
+    def __init__(
+        self, elements: int = ELEMENTS, met: dict[int, int] | None = None, base: int = 0, first: int = 0
+    ) -> None:
         self.elements = elements
-        self._seen: dict[int, tuple[bytes, bytes]] = {} if seen is None else seen
-        self._met: dict[int, int] = {}
-        self._keep: list[object] = []  # what was met must not make room for another object of its id
+        self.met: dict[int, int] = {} if met is None else met
+        self.base = base
+        self.first = first
+        self.keep: list[object] = []
+        """What was met, in order: none of it may make room for another object of its id."""
+        self.again: list[int] = []
+        """Numbers of what was met again."""
         self._found: list[Any] = []
 
     def take(self, *objects: object) -> int:
         """The hash of all that was taken so far, and these."""
-        found, met, keep, kinds = self._found, self._met, self._keep, _KINDS
+        found, met, keep, again, kinds, first = self._found, self.met, self.keep, self.again, _KINDS, self.first
         stack: list[object] = list(objects)
         while stack:
             item = stack.pop()
@@ -75,41 +88,51 @@ class Fingerprint:
             at = met.get(key)
             if at is not None:
                 found.append(at)
+                again.append(at)
                 continue
-            met[key] = len(met)
-            keep.append(item)
             kind = type(item)
+            keep.append(item)
+            if not self.base or kind is Lock or not _is_value(kind) or kind.__setattr__ is _FROZEN:
+                met[key] = first + len(keep)
             if kind is np.ndarray:
-                found.append(self._bytes(item))  # type: ignore[arg-type]
+                self._look(item, stack)  # type: ignore[arg-type]
                 continue
-            look = kinds.get(kind)
-            if look is None:
-                look = kinds[kind] = _kind(kind)
-            look(item, found, stack)
+            parts = kinds.get(kind)
+            if parts is None:
+                parts = kinds[kind] = _parts_of(kind)
+            _spread(parts(item), found, stack)
         return hash(tuple(found))
 
-    def _bytes(self, array: npt.NDArray[Any]) -> bytes:
-        """The array's bytes, zeros at its end left out: what it has room for says nothing. As long as it does not
-        change they are the same object, which knows its hash."""
-        raw = (array[: self.elements] if array.ndim else array).tobytes()
-        known = self._seen.get(id(array))
-        if known is None or known[0] != raw:
-            known = self._seen[id(array)] = raw, raw.rstrip(b"\0")
-        return known[1]
+    def _look(self, array: npt.NDArray[Any], stack: list[object]) -> None:
+        """What is in an array; in a view of one of the baseline, it is that one's."""
+        whole = array.base
+        if self.base and type(whole) is np.ndarray:
+            at = self.met.get(id(whole), self.base)
+            if at < self.base:
+                start = array.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
+                self._found += (at, start, array.shape, array.strides, array.dtype.str)
+                return
+            stack.append(whole)
+        self._found.append(_raw(array, self.elements).rstrip(b"\0"))
 
 
-_PARTS: dict[tuple[type, ...], tuple[Any, Any]] = {}
+def _raw(array: npt.NDArray[Any], elements: int) -> bytes:
+    """An array's bytes. Zeros at their end are what it has room for, and say nothing."""
+    return (array[:elements] if array.ndim else array).tobytes()
 
 
-def _spread(values: Any, found: list[Any], stack: list[object]) -> None:
+_SORTED: dict[tuple[type, ...], tuple[Any, Any]] = {}
+
+
+def _spread(values: tuple[object, ...], found: list[Any], stack: list[object]) -> None:
     """Several values: the plain ones are found, in what is left it is looked. How they come apart is found out once for
     each order of types."""
     types = tuple(map(type, values))
-    parts = _PARTS.get(types)
+    parts = _SORTED.get(types)
     if parts is None:
         plain = [i for i, kind in enumerate(types) if kind in _PLAIN]
         deep = [i for i, kind in enumerate(types) if kind not in _PLAIN and kind not in _PASSED]
-        parts = _PARTS[types] = _picker(plain), _picker(deep)
+        parts = _SORTED[types] = _picker(plain), _picker(deep)
     plainly, deeply = parts
     if plainly is not None:
         found.append(plainly(values))
@@ -127,106 +150,43 @@ def _picker(places: list[int]) -> Any:
     return itemgetter(*places)
 
 
-def _look_nowhere(item: Any, found: list[Any], stack: list[object]) -> None:
-    found.append(type(item).__name__)
+_UNKNOWN = count()
+_SEEN: dict[tuple[str, ...], Any] = {}
 
 
-def _look_plain(item: Any, found: list[Any], stack: list[object]) -> None:
-    found.append(item)
+def _of_function(item: Any) -> tuple[object, ...]:
+    return id(item.__code__), *(item.__closure__ or ()), *(item.__defaults__ or ())
 
 
-def _look_slice(item: Any, found: list[Any], stack: list[object]) -> None:
-    found.append((item.start, item.stop, item.step))
-
-
-def _look_sequence(item: Any, found: list[Any], stack: list[object]) -> None:
-    found.append(len(item))
-    _spread(tuple(item), found, stack)
-
-
-def _look_dict(item: Any, found: list[Any], stack: list[object]) -> None:
-    found.append(len(item))
-    if item:
-        _spread(tuple(item), found, stack)
-        _spread(tuple(item.values()), found, stack)
-
-
-def _look_set(item: Any, found: list[Any], stack: list[object]) -> None:
-    found += [len(item), *sorted(map(hash, item))]
-
-
-def _look_value(item: Any, found: list[Any], stack: list[object]) -> None:
-    found.append(hash(item))
-
-
-def _look_name(item: Any, found: list[Any], stack: list[object]) -> None:
-    found.append(item.__qualname__)
-
-
-def _look_lock(item: Any, found: list[Any], stack: list[object]) -> None:
-    found.append(item.name)
-
-
-def _look_function(item: Any, found: list[Any], stack: list[object]) -> None:
-    found.append(id(item.__code__))
-    _spread((*(item.__closure__ or ()), *(item.__defaults__ or ())), found, stack)
-
-
-def _look_method(item: Any, found: list[Any], stack: list[object]) -> None:
-    stack += (item.__func__, item.__self__)
-
-
-def _look_builtin(item: Any, found: list[Any], stack: list[object]) -> None:
-    found.append(item.__qualname__)
-    stack.append(item.__self__)
-
-
-def _look_cell(item: Any, found: list[Any], stack: list[object]) -> None:
-    _spread(gc.get_referents(item), found, stack)
-
-
-def _look_generator(item: Any, found: list[Any], stack: list[object]) -> None:
+def _of_generator(item: Any) -> tuple[object, ...]:
     frame = item.gi_frame
     if frame is None:
-        found.append("ended")
-        return
+        return ("ended",)
     code, variables = item.gi_code, frame.f_locals
-    found += (id(code), frame.f_lasti, tuple(variables))
     # The collector is told of all that a suspended frame holds: its variables and its stack.
     held = [
         one for one in gc.get_referents(item)
         if one is not variables and not (type(one) is FunctionType and one.__code__ is code)
     ]
-    _spread(held, found, stack)
+    return id(code), frame.f_lasti, *sorted(variables), *held
 
 
-def _look_error(item: Any, found: list[Any], stack: list[object]) -> None:
-    found.append(type(item).__name__)
-    _spread(item.args, found, stack)
-
-
-def _look_iterator(item: Any, found: list[Any], stack: list[object]) -> None:
-    """An iterator tells how it can be made again, and with it where it stands."""
-    _spread(item.__reduce__()[1:], found, stack)
-
-
-def _look_instance(item: Any, found: list[Any], stack: list[object]) -> None:
-    found.append(type(item).__name__)
+def _of_instance(item: Any) -> tuple[object, ...]:
     own = item.__dict__
     names = tuple(own)
-    pick = _NAMES.get(names, _NAMES)
-    if pick is _NAMES:
-        pick = _NAMES[names] = _picker([i for i, name in enumerate(names) if name not in _UNSEEN])
-    if pick is not None:
-        _spread(pick(tuple(own.values())), found, stack)
+    pick = _SEEN.get(names, _SEEN)
+    if pick is _SEEN:
+        pick = _SEEN[names] = _picker([i for i, name in enumerate(names) if name not in _UNSEEN])
+    name = type(item).__name__
+    return (name,) if pick is None else (name, *pick(tuple(own.values())))
 
 
-_NAMES: dict[tuple[str, ...], Any] = {}
-_UNKNOWN = count()
+def _of_unknown(item: Any) -> tuple[object, ...]:
+    return "unknown", next(_UNKNOWN)
 
 
-def _look_unknown(item: Any, found: list[Any], stack: list[object]) -> None:
-    found.append(("unknown", next(_UNKNOWN)))
+def _of_nothing(item: Any) -> tuple[object, ...]:
+    return (type(item).__name__,)
 
 
 def _slots_of(kind: type) -> list[str]:
@@ -237,51 +197,178 @@ def _slots_of(kind: type) -> list[str]:
     return [name for name in names if name not in ("__weakref__", "__dict__")]
 
 
-def _slotted(kind: type) -> Any:
+def _of_slots(kind: type) -> Parts:
     names = [name for name in _slots_of(kind) if name not in _UNSEEN]
-    plain = any("__dict__" in one.__dict__ for one in kind.__mro__[:-1])
-
-    def look(item: Any, found: list[Any], stack: list[object]) -> None:
-        found.append(kind.__name__)
-        _spread(tuple([getattr(item, name, None) for name in names]), found, stack)
-        if plain:
-            _look_instance(item, found, stack)
-
-    return look
+    if any("__dict__" in one.__dict__ for one in kind.__mro__[:-1]):
+        return lambda item: (*[getattr(item, name, None) for name in names], *_of_instance(item))
+    return lambda item: (kind.__name__, *[getattr(item, name, None) for name in names])
 
 
 _PLAIN: frozenset[type] = frozenset({int, float, str, bytes, bool, type(None), range})
 _PASSED = frozenset({FrameType, CodeType})
 """What the collector tells of a generator besides."""
-_KINDS: dict[type, Any] = {
-    **dict.fromkeys(_PLAIN, _look_plain), slice: _look_slice, dict: _look_dict, list: _look_sequence,
-    tuple: _look_sequence, deque: _look_sequence, set: _look_set, frozenset: _look_set, FunctionType: _look_function,
-    MethodType: _look_method, CellType: _look_cell, GeneratorType: _look_generator, object: _look_nowhere,
-    BuiltinFunctionType: _look_builtin, MethodWrapperType: _look_builtin, MethodDescriptorType: _look_name,
-    WrapperDescriptorType: _look_name,
-}  # fmt: skip
-"""How each type is looked into; others are found out when they are first met."""
+_LIVE: tuple[type, ...] = (
+    type(iter({})), type(iter({}.values())), type(iter({}.items())), type(iter(set())), type(reversed({})),
+    type(reversed({}.values())), type(reversed({}.items())),
+)  # fmt: skip
+"""Iterators that tell what is left of what they go through, and not what that is."""
 _ITERATORS: tuple[type, ...] = (
-    type(iter([])), type(iter(())), type(iter({})), type(iter({}.values())), type(iter({}.items())), type(iter(set())),
-    type(iter(range(0))), type(iter("")), type(iter(b"")), enumerate, zip, map, reversed, type(reversed([])),
+    type(iter([])), type(iter(())), type(iter(range(0))), type(iter("")), type(iter(b"")), enumerate, zip, map,
+    reversed, type(reversed([])), *_LIVE,
 )  # fmt: skip
 
 
-def _kind(kind: type) -> Any:
-    """How a type is looked into."""
+def _of_plain(item: Any) -> tuple[object, ...]:
+    return (item,)
+
+
+def _of_name(item: Any) -> tuple[object, ...]:
+    return (item.__qualname__,)
+
+
+def _of_sequence(item: Any) -> tuple[object, ...]:
+    return len(item), *item
+
+
+def _of_dict(item: Any) -> tuple[object, ...]:
+    return len(item), *item, *item.values()
+
+
+def _of_set(item: Any) -> tuple[object, ...]:
+    return len(item), *sorted(map(hash, item))
+
+
+def _of_builtin(item: Any) -> tuple[object, ...]:
+    return item.__qualname__, item.__self__
+
+
+_KINDS: dict[type, Parts] = {
+    **dict.fromkeys(_PLAIN, _of_plain), slice: lambda item: (item.start, item.stop, item.step), dict: _of_dict,
+    list: _of_sequence, tuple: _of_sequence, deque: _of_sequence, set: _of_set, frozenset: _of_set,
+    FunctionType: _of_function, MethodType: lambda item: (item.__func__, item.__self__),
+    CellType: lambda item: tuple(gc.get_referents(item)), GeneratorType: _of_generator, object: _of_nothing,
+    BuiltinFunctionType: _of_builtin, MethodWrapperType: _of_builtin, MethodDescriptorType: _of_name,
+    WrapperDescriptorType: _of_name, partial: lambda item: (item.func, item.args, item.keywords),
+}  # fmt: skip
+"""What each type is made of; others are found out when they are first met."""
+
+
+def _parts_of(kind: type) -> Parts:
+    """What an object of this type is made of. An iterator tells how it can be made again, and so where it stands."""
     if issubclass(kind, _BLANK):
-        return _look_nowhere
-    for of, look in (
-        (type, _look_name), (Lock | Effect, _look_lock), (Enum | np.generic, _look_value), (BaseException, _look_error),
-        (_ITERATORS, _look_iterator), (dict, _look_dict), (list | tuple, _look_sequence),
+        return _of_nothing
+    for of, parts in (
+        (type, _of_name), (Lock | Effect, lambda item: (item.name,)), (Enum | np.generic, lambda item: (hash(item),)),
+        (BaseException, lambda item: (type(item).__name__, *item.args)),
+        (_ITERATORS, lambda item: item.__reduce__()[1:]), (dict, _of_dict), (list | tuple, _of_sequence),
     ):  # fmt: skip
         if issubclass(kind, of):
-            return look
+            return parts
     if _slots_of(kind):
-        return _slotted(kind)
+        return _of_slots(kind)
     if any("__dict__" in one.__dict__ for one in kind.__mro__[:-1]):
-        return _look_instance
-    return _look_nowhere if kind.__module__ == "_hashlib" else _look_unknown
+        return _of_instance
+    return _of_nothing if kind.__module__ == "_hashlib" else _of_unknown
+
+
+# ---- by what it differs -----------------------------------------------------------------------------------------
+
+_VALUES = (
+    tuple, frozenset, slice, FunctionType, MethodType, BuiltinFunctionType, MethodWrapperType,
+    MethodDescriptorType, WrapperDescriptorType, type, Lock, Effect, Enum, np.generic, *_BLANK, *_PLAIN,
+)  # fmt: skip
+_IS_VALUE: dict[type, bool] = {object: True}
+
+
+def _is_value(kind: type) -> bool:
+    """Whether what is of this type never changes, so that two who have it have nothing in common but what it holds."""
+    known = _IS_VALUE.get(kind)
+    if known is None:
+        known = _IS_VALUE[kind] = issubclass(kind, _VALUES) or kind.__setattr__ is _FROZEN
+    return known
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two parts are one, or values that are the same."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, (*_PLAIN, Enum, np.generic)) and one == other
+
+
+_OWN = 1 << 40
+"""Numbers of objects that are one actor's own are not below that."""
+
+
+class Baseline:
+    """Objects, and all they reach, as they stood once: to tell now by what is another than it was then.
+
+    What stood there counts by its number, and only what changed, or is new, is looked into; a tenth of the work of a
+    `Fingerprint` of all.
+    """
+
+    def __init__(self, *objects: object, elements: int = ELEMENTS) -> None:
+        whole = Fingerprint(elements)
+        whole.take(*objects)
+        self.elements = elements
+        self._keep = whole.keep
+        self._met: dict[int, int] = {}
+        self._arrays: list[tuple[int, npt.NDArray[Any], bytes]] = []
+        self._objects: list[tuple[int, object, Parts, tuple[object, ...]]] = []
+        self._last: dict[int, tuple[bytes, bytes]] = {}
+        for item in whole.keep:
+            if _is_value(type(item)) and not isinstance(item, Lock):
+                continue
+            number = self._met[id(item)] = len(self._met)
+            if isinstance(item, np.ndarray):
+                self._arrays.append((number, item, _raw(item, elements)))
+                if type(item.base) is np.ndarray:  # whoever has a view of it as well has this one's base
+                    self._met.setdefault(id(item.base), number)
+            else:
+                parts = _KINDS[type(item)]
+                self._objects.append((number, item, parts, parts(item)))
+
+    def now(self, *owners: object) -> tuple[int, list[int], frozenset[int], bool]:
+        """Where it stands now, and its owners with it: a fingerprint of what it is; one for each of them, of what is
+        its own; which of them (by number) hold on to something that is new in it; whether no two of them hold on to one
+        thing that is not in it, so that what one does with its own is nothing to the others. If they do, there is
+        one fingerprint for all together."""
+        base = len(self._met)
+        state = Fingerprint(self.elements, self._met.copy(), base, base)
+        taken = state.take(*self._changed())
+        own: list[int] = []
+        tied: set[int] = set()
+        apart, theirs = True, dict[int, object]()
+        for i, owner in enumerate(owners):
+            its = Fingerprint(self.elements, state.met.copy(), base, _OWN)
+            own.append(its.take(owner))
+            if any(base <= at < _OWN for at in its.again) or any(type(one) in _LIVE for one in its.keep):
+                tied.add(i)
+            held = {id(one): one for one in its.keep if not _is_value(type(one)) and getattr(one, "size", 1) != 0}
+            apart = apart and theirs.keys().isdisjoint(held)
+            theirs |= held
+        if not apart:
+            own = [state.take(*owners)]
+        return taken, own, frozenset(tied), apart
+
+    def _changed(self) -> list[tuple[object, ...]]:
+        """What is not as it was, each with its number."""
+        changed: list[tuple[object, ...]] = []
+        for number, array, before in self._arrays:
+            raw = _raw(array, self.elements)
+            if raw != before:
+                last = self._last.get(number)
+                if last is None or last[0] != raw:  # else these bytes know their hash
+                    last = self._last[number] = raw, raw.rstrip(b"\0")
+                changed.append((number, last[1]))
+        for number, item, parts, was in self._objects:
+            now = parts(item)
+            if len(now) != len(was) or not (all(map(is_, now, was)) or all(map(_same, now, was))):
+                changed.append((number, *now))
+        return changed
 
 
 # ---- kept, and put back -----------------------------------------------------------------------------------------

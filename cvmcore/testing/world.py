@@ -17,9 +17,9 @@ from cvmcore.mem.fault import resolve
 from cvmcore.mem.gmem import GmemInode
 from cvmcore.pages import Sel, run
 from cvmcore.runner import load_profile_for
-from cvmcore.sched import Case
+from cvmcore.sched import Case, Standing
 from cvmcore.testing.invariants import Checker
-from cvmcore.testing.reach import Fingerprint, Kept
+from cvmcore.testing.reach import Baseline, Kept
 from cvmcore.types import PAGE_BYTES, GuestException, RetPf, Walk
 from cvmcore.vcpu import RETRY, Accept, Convert, Touch
 from cvmcore.vm import Vm
@@ -205,11 +205,9 @@ class World:
             if not self.vm.destroyed:
                 self.checker.check(self.vm, quiet=False)
 
-        seen: dict[int, tuple[bytes, bytes]] = {}
-
-        def state(own: Sequence[object]) -> tuple[object, object]:
-            found = Fingerprint(seen=seen)
-            return found.take(self.host, self.machine, self.checker.trace, check), found.take(*own)
+        def state(own: Sequence[object]) -> Standing:
+            taken, where, tied, apart = baseline.now(*own)
+            return Standing(taken, tuple(where), tied, apart)
 
         def start() -> list[tuple[str, Steps[Any]]]:
             return [(name, make()) for name, make in actors.items()]
@@ -222,4 +220,5 @@ class World:
             self._unlock(name)
         self.checker.resting = False
         kept = Kept(self, check, *actors.values())
+        baseline = Baseline(self, check, *actors.values(), *(hook.fn for hook in self.host.ops.hooks.values()))
         return Case(self.host, start(), at_end, step, state, again)
