@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from operator import itemgetter
 from types import GeneratorType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pluggy
 
@@ -38,6 +38,21 @@ class Hook:
         self.pick = _picker(arguments)
         self.calls = 0
         self.pages = 0
+
+
+class _Observers(pluggy.PluginManager):
+    """pluggy's manager, which looks through a class only once: many small hosts have the same observers."""
+
+    _marked: ClassVar[dict[tuple[type, str], Any]] = {}
+
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
+        if isinstance(plugin, type) or name in getattr(plugin, "__dict__", {}):
+            return super().parse_hookimpl_opts(plugin, name)
+        key = type(plugin), name
+        if key not in self._marked:
+            self._marked[key] = super().parse_hookimpl_opts(plugin, name)
+        marked = self._marked[key]
+        return None if marked is None else dict(marked)
 
 
 @cache
@@ -98,7 +113,7 @@ class Ops:
     def observe(self, observer: object) -> None:
         """Register an observer. Raises PluginError where one of its hooks does not fit."""
         if self._observers is None:
-            self._observers = pluggy.PluginManager(OBSERVERS)
+            self._observers = _Observers(OBSERVERS)
             self._observers.add_hookspecs(ObserverSpec)
         try:
             self._observers.register(observer)

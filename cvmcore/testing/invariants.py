@@ -19,6 +19,7 @@ import enum
 import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -47,10 +48,12 @@ from cvmcore.testing.state import (
     Snapshot,
     State,
     Step,
+    View,
     gmem_frames,
-    kinds_of,
+    levels_of,
     pages_of,
     peek,
+    trusted_entries,
 )
 from cvmcore.testing.trace import ENTRY_HOOKS, MUST_BE, Trace, entries_of
 from cvmcore.types import (
@@ -124,7 +127,7 @@ class When(enum.Enum):
 Check: TypeAlias = Callable[..., Wrong | None]
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class Invariant:
     """One row: `check` takes a State (any, quiet, gone), a Trace and an Event (event), or a Step (step)."""
 
@@ -133,6 +136,9 @@ class Invariant:
     needs: Needs
     when: When
     check: Check
+    reads: tuple[str, ...] | None = None
+    """The parts of the VM (`state.PARTS`) that it reads, where it reads nothing else: a `View` has it looked at again
+    only when one of them has changed. None: each time."""
 
     @property
     def quiet_only(self) -> bool:
@@ -170,9 +176,9 @@ INVARIANTS: list[Invariant] = []
 """Every row, in the order of the numbers once the module is loaded."""
 
 
-def _row(number: int, text: str, needs: Needs, when: When) -> Callable[[Check], Check]:
+def _row(number: int, text: str, needs: Needs, when: When, reads: str = "") -> Callable[[Check], Check]:
     def add(check: Check) -> Check:
-        INVARIANTS.append(Invariant(number, text, needs, when, check))
+        INVARIANTS.append(Invariant(number, text, needs, when, check, tuple(reads.split()) or None))
         return check
 
     return add
@@ -198,7 +204,7 @@ def _plain(value: Any) -> object:
 # ---- 1 to 3: memslots and bindings ----------------------------------------------------------------------------
 
 
-@_row(1, "slots of one address space never overlap", ALWAYS, When.ANY)
+@_row(1, "slots of one address space never overlap", ALWAYS, When.ANY, "slots")
 def slots_apart(s: State) -> Wrong | None:
     slots = sorted(s.vm.slots, key=lambda slot: (slot.as_id, slot.base_gfn))
     for low, high in pairwise(slots):
@@ -236,13 +242,13 @@ def bindings_match(s: State) -> Wrong | None:
     return None
 
 
-@_row(3, "every gfn of a leaf lies in a live slot", ALWAYS, When.ANY)
+@_row(3, "every gfn of a leaf lies in a live slot", ALWAYS, When.ANY, "tables slots")
 def leaves_in_slots(s: State) -> Wrong | None:
     leaves = s.mapped
     return _first(s.slot_of(leaves.gfn) < 0, "a leaf lies in no slot", leaves.gfn, leaves.pfn, level=leaves.level)
 
 
-@_row(3, "no leaf lies in a slot that is on its way out", ALWAYS, When.QUIET)
+@_row(3, "no leaf lies in a slot that is on its way out", ALWAYS, When.QUIET, "tables slots")
 def leaves_in_valid_slots(s: State) -> Wrong | None:
     invalid = np.array([slot.invalid for slot in s.slots] + [False])
     leaves = s.mapped
@@ -252,7 +258,10 @@ def leaves_in_valid_slots(s: State) -> Wrong | None:
 # ---- 4 to 8: what leaves map ----------------------------------------------------------------------------------
 
 
-@_row(4, "mirror leaves are private by attribute, direct leaves beside a mirror are shared", MIRROR, When.ANY)
+@_row(
+    4, "mirror leaves are private by attribute, direct leaves beside a mirror are shared",
+    MIRROR, When.ANY, "tables attributes",
+)  # fmt: skip
 def roots_follow_attributes(s: State) -> Wrong | None:
     if not s.caps.private_by_attribute:
         return None
@@ -268,11 +277,14 @@ def _of_open_files(s: State) -> Leaves:
     return leaves.where(~closed[s.slot_of(leaves.gfn)]) if np.count_nonzero(closed) else leaves
 
 
-@_row(5, "a leaf's frame is the file's where private or gmem-only, the VMM's else", UNMIRRORED, When.ANY)
+@_row(
+    5, "a leaf's frame is the file's where private or gmem-only, the VMM's else",
+    UNMIRRORED, When.ANY, "tables slots attributes backing use",
+)  # fmt: skip
 def private_from_gmem(s: State) -> Wrong | None:
     leaves = _of_open_files(s)
     gmem_only = np.array([slot.gmem_only for slot in s.slots] + [False])[s.slot_of(leaves.gfn)]
-    from_gmem = s.frames.use[leaves.pfn] == Use.GMEM
+    from_gmem = s.frames.use[leaves.pfn] == Use.GMEM.value
     wrong = (leaves.private | gmem_only) & ~from_gmem
     wrong |= leaves.private & (s.backing(leaves.gfn, leaves.private) != leaves.pfn)
     wrong |= ~leaves.private & ~gmem_only & (s.backing(leaves.gfn, ~leaves.private) == leaves.pfn)
@@ -281,13 +293,13 @@ def private_from_gmem(s: State) -> Wrong | None:
     )
 
 
-@_row(6, "a gfn is never in both roots", MIRROR, When.ANY)
+@_row(6, "a gfn is never in both roots", MIRROR, When.ANY, "tables")
 def one_root_each(s: State) -> Wrong | None:
     both = np.intersect1d(s.mirror.gfn, s.direct.gfn)
     return Wrong("a gfn is in both roots", gfn=int(both[0])) if len(both) else None
 
 
-@_row(7, "a private frame is mapped by at most one gfn", OWNED, When.ANY)
+@_row(7, "a private frame is mapped by at most one gfn", OWNED, When.ANY, "tables attributes")
 def private_frames_once(s: State) -> Wrong | None:
     leaves = s.mapped.where(s.mapped.private) if s.caps.private_by_attribute else s.mapped
     at = np.argsort(leaves.pfn, kind="stable")
@@ -295,7 +307,10 @@ def private_frames_once(s: State) -> Wrong | None:
     return _first(pfn[1:] == pfn[:-1], "a private frame is mapped twice", gfn[1:], pfn[1:], other=gfn[:-1])
 
 
-@_row(8, "a huge leaf has an aligned frame, lies in one slot, and is of one attribute", ALWAYS, When.ANY)
+@_row(
+    8, "a huge leaf has an aligned frame, lies in one slot, and is of one attribute",
+    ALWAYS, When.ANY, "tables slots attributes",
+)  # fmt: skip
 def huge_leaves_fit(s: State) -> Wrong | None:
     huge = s.mapped.where(s.mapped.level > PG_LEVEL_4K)
     if not len(huge):
@@ -308,7 +323,10 @@ def huge_leaves_fit(s: State) -> Wrong | None:
     return _first(wrong, "a huge leaf does not fit", huge.gfn, huge.pfn, level=huge.level)
 
 
-@_row(8, "no leaf is larger than its slot, its attributes and the VM type allow", ALWAYS, When.QUIET)
+@_row(
+    8, "no leaf is larger than its slot, its attributes and the VM type allow",
+    ALWAYS, When.QUIET, "tables slots attributes",
+)  # fmt: skip
 def huge_leaves_allowed(s: State) -> Wrong | None:
     huge = s.mapped.where(s.mapped.level > PG_LEVEL_4K)
     if not len(huge):
@@ -366,7 +384,10 @@ def _heads(leaves: Leaves) -> IntArray:
 # ---- 9 to 13: large-page info, external tables ----------------------------------------------------------------
 
 
-@_row(9, "MIXED says that a block's attributes differ; the counters beside it are not negative", PRIVATE, When.QUIET)
+@_row(
+    9, "MIXED says that a block's attributes differ; the counters beside it are not negative",
+    PRIVATE, When.QUIET, "slots attributes",
+)  # fmt: skip
 def mixed_is_true(s: State) -> Wrong | None:
     for slot in s.slots:
         for level, info in slot.lpage.items():
@@ -388,26 +409,27 @@ def mixed_is_true(s: State) -> Wrong | None:
     return None
 
 
-@_row(10, "the core's root and the trusted table are alike, entry for entry", EXTERNAL, When.QUIET)
+@_row(
+    10, "the core's root and the trusted table are alike, entry for entry",
+    EXTERNAL, When.QUIET, "tables trusted use",
+)  # fmt: skip
 def mirror_equals_external(s: State) -> Wrong | None:
     root = s.external
     assert root is not None
     if not s.host.ops.has("read_private_spte"):
         return Wrong("the backend does not implement read_private_spte, so nobody can tell")
-    levels = range(PG_LEVEL_4K, PG_LEVEL_2M + 1 if root.flat else TOP + 1)
-    for level in levels:
-        kinds, words = kinds_of(root, level), root.entries[level]
-        n = min(len(kinds), -(-s.vm.tdp.end_gfn // pages_per_level(level)))
-        if root.flat:
-            kinds = np.where(kinds == IS_TABLE, np.uint8(ABSENT), kinds)
+    for level in levels_of(root):
+        kinds, words = s.kinds[root, level], root.entries[level]
+        state, frame = trusted_entries(s.vm, root, level)
+        n = len(state)
         gfns = np.arange(n) << order_of(level)
-        pages = contiguous(gfns, pages_per_level(level))
-        state, frame = peek(s.host, "read_private_spte", vm=s.vm, gfns=pages, level=level)
+        kinds = np.where(kinds == IS_TABLE, np.uint8(ABSENT), kinds) if root.flat else kinds
         state = np.where(state == IS_TABLE, np.uint8(ABSENT), state) if root.flat else state
         wrong = state != kinds[:n]
         wrong |= (kinds[:n] != ABSENT) & (frame != words[:n] >> np.uint32(5))
         wrong &= (state != DESTROYED) | (kinds[:n] == ABSENT)
-        wrong &= (kinds[:n] != ABSENT) | (s.frames.use[frame] != Use.LEAKED)  # it was not given back, and is listed
+        lost = s.frames.use[frame] == Use.LEAKED.value  # it was not given back, and is listed
+        wrong &= (kinds[:n] != ABSENT) | ~lost
         if found := _first(
             wrong, "the trusted table differs from the core's root", gfns, words >> np.uint32(5), kind=kinds,
             external=state, external_frame=frame, level=np.full(n, level),
@@ -416,7 +438,7 @@ def mirror_equals_external(s: State) -> Wrong | None:
     return None
 
 
-@_row(11, "no entry is frozen", EXTERNAL, When.QUIET)
+@_row(11, "no entry is frozen", EXTERNAL, When.QUIET, "tables")
 def nothing_frozen(s: State) -> Wrong | None:
     for root in s.roots:
         for level in range(PG_LEVEL_4K, TOP + 1):
@@ -427,11 +449,11 @@ def nothing_frozen(s: State) -> Wrong | None:
     return None
 
 
-@_row(12, "every entry stands in a table, and the counts of leaves and tables are true", ALWAYS, When.QUIET)
+@_row(12, "every entry stands in a table, and the counts of leaves and tables are true", ALWAYS, When.QUIET, "tables")
 def entries_in_tables(s: State) -> Wrong | None:
     for root in s.roots:
         for level in range(PG_LEVEL_4K, TOP + 1):
-            words, kinds = root.entries[level], kinds_of(root, level)
+            words, kinds = root.entries[level], s.kinds[root, level]
             used = np.flatnonzero(words)
             if level < TOP:
                 orphan = (root.entries[level + 1][used >> 9] & np.uint32(TABLE)) == 0
@@ -481,6 +503,8 @@ def entries_change_once(trace: Trace, event: Event) -> Wrong | None:
 @_row(13, "a present leaf never changes its frame", ALWAYS, When.STEP)
 def frames_stay(step: Step) -> Wrong | None:
     before, after = step.before.leaves, step.after.leaves
+    if before is after:
+        return None
     keys, i, j = np.intersect1d(_keys(before), _keys(after), assume_unique=True, return_indices=True)
     moved = before.pfn[i] != after.pfn[j]
     if not np.count_nonzero(moved) or _all_zapped(step):
@@ -522,7 +546,7 @@ def frame_is_sound(s: State) -> Wrong | None:
     return None
 
 
-@_row(15, "TLBs translate as the tables do", ALWAYS, When.QUIET)
+@_row(15, "TLBs translate as the tables do", ALWAYS, When.QUIET, "tables tlbs")
 def tlbs_are_fresh(s: State) -> Wrong | None:
     for vcpu in s.vm.vcpus:
         if not vcpu.tlb.entries:
@@ -543,33 +567,37 @@ def tlbs_are_fresh(s: State) -> Wrong | None:
 # ---- 16 to 18: frames -----------------------------------------------------------------------------------------
 
 
-@_row(16, "no frame is free that a leaf reaches", ALWAYS, When.ANY)
+@_row(16, "no frame is free that a leaf reaches", ALWAYS, When.ANY, "tables use pins")
 def leaves_reach_memory(s: State) -> Wrong | None:
     leaves = s.reaching
     use = s.frames.use[leaves.pfn]
-    alive = (use == Use.GMEM) | (use == Use.ANON) | ((use == Use.ORPHAN) & (s.frames.pins[leaves.pfn] > 0))
+    alive = (use == Use.GMEM.value) | (use == Use.ANON.value)
+    alive |= (use == Use.ORPHAN.value) & (s.frames.pins[leaves.pfn] > 0)
     return _first(~alive, "a leaf reaches a frame that is not a guest's", leaves.gfn, leaves.pfn, use=use)
 
 
-@_row(16, "what a leaf maps is what stands behind its gfn", NOTIFIED, When.ANY)
+@_row(16, "what a leaf maps is what stands behind its gfn", NOTIFIED, When.ANY, "tables slots attributes backing")
 def leaves_are_current(s: State) -> Wrong | None:
     leaves = _of_open_files(s)
     backing = s.backing(leaves.gfn, leaves.private)
     return _first(backing != leaves.pfn, "a leaf maps an old frame", leaves.gfn, leaves.pfn, backing=backing)
 
 
-@_row(16, "a TLB reaches no free frame", ALWAYS, When.ANY)
+@_row(16, "a TLB reaches no free frame", ALWAYS, When.ANY, "tlbs use")
 def tlbs_reach_memory(s: State) -> Wrong | None:
     for vcpu in s.vm.vcpus:
         if vcpu.tlb.entries:
             pfn = np.array([pfn for pfn, _ in vcpu.tlb.entries.values()])
-            free = s.frames.use[pfn] == Use.FREE
+            free = s.frames.use[pfn] == Use.FREE.value
             if wrong := _first(free, f"the TLB of vCPU {vcpu.id} reaches a free frame", pfn=pfn):
                 return wrong
     return None
 
 
-@_row(16, "frames of files, mappings and tables are theirs, and nobody else's", ALWAYS, When.QUIET)
+@_row(
+    16, "frames of files, mappings and tables are theirs, and nobody else's",
+    ALWAYS, When.QUIET, "tables backing use",
+)  # fmt: skip
 def one_owner_each(s: State) -> Wrong | None:
     frames = [gmem_frames(inode)[inode.words != 0] for inode in s.inodes]
     uses = [np.full(len(some), Use.GMEM, np.uint8) for some in frames]
@@ -582,7 +610,7 @@ def one_owner_each(s: State) -> Wrong | None:
     pfn, use = np.concatenate(frames), np.concatenate(uses)
     now = s.frames.use[pfn]
     wrong = _first(
-        (now != use) & (now != Use.LEAKED), "a frame is not used as its owner has it", pfn=pfn, use=now
+        (now != use) & (now != Use.LEAKED.value), "a frame is not used as its owner has it", pfn=pfn, use=now
     )  # what a vendor leaked stays where it was
     pfn = np.sort(pfn)
     return wrong or _first(pfn[1:] == pfn[:-1], "a frame has two owners", pfn=pfn[1:])
@@ -595,7 +623,7 @@ def free_frames_are_the_hosts(s: State) -> Wrong | None:
     frames = s.frames
     low, high = np.arange(1, frames.top), np.arange(max(frames.bottom, frames.top), frames.nr_frames)
     used = np.concatenate([low, high])
-    free = used[frames.use[used] == Use.FREE]
+    free = used[frames.use[used] == Use.FREE.value]
     if not len(free):
         return None
     verdict = peek(s.host, "host_access", host=s.host, pfns=contiguous(free), write=True, mode=HostMode.USER)
@@ -618,11 +646,16 @@ def reclaimed_once(trace: Trace, event: Event) -> Wrong | None:
 
 def _unreclaimed(trace: Trace) -> Wrong | None:
     frames = trace.host.frames
-    pfn = np.flatnonzero(trace.prepared[: frames.top])
-    return _first(frames.use[pfn] == Use.FREE, "a guest's frame is free and was not reclaimed", pfn=pfn)
+    wrong = trace.prepared[: frames.top] > frames.use[: frames.top]  # 1, and Use.FREE
+    if not np.count_nonzero(wrong):
+        return None
+    return Wrong("a guest's frame is free and was not reclaimed", pfn=int(np.argmax(wrong)))
 
 
-@_row(18, "a page is defined and prepared before it becomes a private leaf", GMEM, When.ANY)
+@_row(
+    18, "a page is defined and prepared before it becomes a private leaf",
+    GMEM, When.ANY, "tables slots attributes backing",
+)  # fmt: skip
 def leaves_are_defined(s: State) -> Wrong | None:
     leaves = s.mapped
     owner = s.slot_of(leaves.gfn)
@@ -726,8 +759,11 @@ def _indexes(vm: Vm, owner: object, gfns: IntArray, private: bool) -> IntArray:
 def _attribute_changes(step: Step) -> IntArray:
     """The gfns whose attribute is not what it was."""
     before, after = step.before.attributes, step.after.attributes
-    n = max(len(before), len(after))
-    return np.flatnonzero(np.pad(before, (0, n - len(before))) != np.pad(after, (0, n - len(after))))
+    if before is after:
+        return np.zeros(0, np.int64)
+    n = min(len(before), len(after))
+    longer = before if len(before) > n else after
+    return np.concatenate([np.flatnonzero(before[:n] != after[:n]), np.flatnonzero(longer[n:]) + n])
 
 
 @_row(21, "setting attributes does all or nothing, and nothing at all where nothing changes", PRIVATE, When.STEP)
@@ -765,6 +801,8 @@ def attributes_stay(step: Step) -> Wrong | None:
 @_row(23, "a leaf comes from a fault that succeeded and goes by a zap", ALWAYS, When.STEP)
 def leaves_have_causes(step: Step) -> Wrong | None:
     before, after = step.before.leaves, step.after.leaves
+    if before is after:
+        return None
     new = ~np.isin(_keys(after), _keys(before))
     if np.count_nonzero(new):
         mapped = [pages_of(e) for e in step.events if e.kind == "hook" and e.name == "set_private_spte"]
@@ -788,7 +826,10 @@ def faults_leak_nothing(step: Step) -> Wrong | None:
         return Wrong("a fault kept a reference", states={"users": after.users - before.users})
     if vm.caps.has_mirror and after.loose_tables != before.loose_tables:
         return Wrong("a fault lost a table page", states={"lost": after.loose_tables - before.loose_tables})
-    pfn = np.flatnonzero(np.pad(before.pins, (0, len(after.pins) - len(before.pins))) != after.pins)
+    if before.pins is after.pins:
+        return None
+    pfn = np.flatnonzero(before.pins != after.pins[: len(before.pins)])
+    pfn = np.concatenate([pfn, np.flatnonzero(after.pins[len(before.pins) :]) + len(before.pins)])
     if vm.caps.needs_pin:
         if not vm.host.ops.has("unpin_pfn"):
             return None  # pins are kept by the memslot: a superset of the leaves, since a stale fault pins, too
@@ -842,7 +883,7 @@ def memory_faults_are_whole(step: Step) -> Wrong | None:
 # ---- 27 to 30: files and VMs ----------------------------------------------------------------------------------
 
 
-@_row(27, "a file holds no more than its size, and as much as it says", GMEM, When.ANY)
+@_row(27, "a file holds no more than its size, and as much as it says", GMEM, When.ANY, "backing")
 def files_hold_their_size(s: State) -> Wrong | None:
     for inode in s.inodes:
         held = int(np.count_nonzero(inode.words))
@@ -862,7 +903,10 @@ def files_keep_their_size(step: Step) -> Wrong | None:
     return None
 
 
-@_row(28, "a VM outlives its files, and a released file is reached by no slot and no leaf", GMEM, When.QUIET)
+@_row(
+    28, "a VM outlives its files, and a released file is reached by no slot and no leaf",
+    GMEM, When.QUIET, "tables slots files use",
+)  # fmt: skip
 def files_hold_the_vm(s: State) -> Wrong | None:
     vm = s.vm
     if vm.gmem_files and (vm.destroyed or vm.users < len(vm.gmem_files)):
@@ -875,7 +919,7 @@ def files_hold_the_vm(s: State) -> Wrong | None:
         if slot.gmem is not None and slot.gmem not in vm.gmem_files:
             return Wrong(f"slot {slot.id} names a released file", gfn=slot.base_gfn)
     leaves = s.mapped
-    reached = closed[s.slot_of(leaves.gfn)] & (s.frames.use[leaves.pfn] == Use.GMEM)
+    reached = closed[s.slot_of(leaves.gfn)] & (s.frames.use[leaves.pfn] == Use.GMEM.value)
     return _first(reached, "a leaf reaches a released file", leaves.gfn, leaves.pfn)
 
 
@@ -987,7 +1031,7 @@ def _not_frozen(vm: Vm | None, event: Event) -> Wrong | None:
     return _first(wrong, f"{event.name} on an entry that is not frozen", index << order_of(level), entry=words)
 
 
-@_row(32, "every leaf is covered by a pin", PINS, When.ANY)
+@_row(32, "every leaf is covered by a pin", PINS, When.ANY, "tables pins")
 def leaves_are_pinned(s: State) -> Wrong | None:
     leaves, pins = s.mapped, s.frames.pins
     covered = pins[leaves.pfn] != 0
@@ -999,6 +1043,8 @@ def leaves_are_pinned(s: State) -> Wrong | None:
 @_row(32, "only a fault pins a page, once for each level that it is mapped at", PINS, When.STEP)
 def one_pin_each(step: Step) -> Wrong | None:
     before, after = step.before.leaves, step.after.leaves
+    if before is after and step.before.pins is step.after.pins:
+        return None
     if step.hooks("register_region", "unregister_region", "vm_move", "memory_encrypt_op"):
         return None
     _, i, j = np.intersect1d(_keys(before), _keys(after), assume_unique=True, return_indices=True)
@@ -1029,15 +1075,25 @@ def switched_on(caps: Capabilities) -> list[Invariant]:
     return [row for row in INVARIANTS if row.needs(caps)]
 
 
-def check(vm: Vm, *, quiet: bool = True) -> State:
+@cache
+def _rows_for(caps: Capabilities) -> dict[When, list[Invariant]]:
+    """Those, by when they are looked at."""
+    return {when: [row for row in switched_on(caps) if row.when is when] for when in When}
+
+
+def check(vm: Vm, *, quiet: bool = True, view: View | None = None) -> State:
     """All invariants of a VM as it stands. quiet: no operation is under way. Returns what was looked at.
 
+    view: one of this VM, for whoever looks often; a row that held is looked at again where what it reads has changed.
     Raises InvariantViolation.
     """
-    state = State(vm)
-    for row in INVARIANTS:
-        if (row.when is When.ANY or (quiet and row.when is When.QUIET)) and row.needs(vm.caps):
+    state = State(vm) if view is None else view.look()
+    rows = _rows_for(vm.caps)
+    for row in [*rows[When.ANY], *rows[When.QUIET]] if quiet else rows[When.ANY]:
+        if view is None or row.reads is None or not view.holds(row, row.reads):
             row.enforce(vm.host, state)
+            if view is not None:
+                view.held(row)
     return state
 
 
@@ -1072,6 +1128,8 @@ class Checker:
         self._open: Step | None = None
         self._idle = host.frames.outstanding(), host.frames.pins_held
         self._vms: dict[int, Vm] = {}
+        self._event_rows: dict[int, list[Invariant]] = {}
+        self._views: dict[Vm, View] = {}
         if isinstance(host.drive, Lockdep):
             self._watch_allocations(host.drive.held)
 
@@ -1088,12 +1146,13 @@ class Checker:
     def on_event(self, event: Event) -> None:
         """Look at an event, and keep it for the step that it is part of."""
         if event.kind == "vm" and event.name == "create":
-            self._vms[event.vm] = next(vm for vm in self.host.vms if vm.id == event.vm)
-        vm = self._vms.get(event.vm)
-        for row in _EVENT_ROWS:
-            if vm is None or row.needs(vm.caps):
-                row.enforce(self.host, self.trace, event)
-        self.trace.note(event)
+            made = self._vms[event.vm] = next(vm for vm in self.host.vms if vm.id == event.vm)
+            self._event_rows[event.vm] = _rows_for(made.caps)[When.EVENT]
+        trace, vm = self.trace, self._vms.get(event.vm)
+        for row in self._event_rows.get(event.vm, _EVENT_ROWS):
+            if row.check(trace, event):
+                row.enforce(self.host, trace, event)
+        trace.note(event)
         if self._open is not None:
             self._open.events.append(event)
         for step in self._steps.values():
@@ -1110,7 +1169,7 @@ class Checker:
             self.check(vm, quiet=False)
         elif self._open is None and not vm.destroyed:
             state = self.check(vm)
-            step = self._steps.pop(vm, None) or Step(vm, Snapshot.of(state))
+            step = self._steps.pop(vm, None) or Step(vm, self._snapshot(state))
             self._finish(step, state)
             self._steps[vm] = Step(vm, step.after)
 
@@ -1119,7 +1178,9 @@ class Checker:
     def check(self, vm: Vm, *, quiet: bool = True) -> State:
         """Look at a VM now."""
         self.checks += 1
-        return check(vm, quiet=quiet)
+        state = check(vm, quiet=quiet, view=self._view(vm))
+        self._view(vm).keep(state)
+        return state
 
     @contextmanager
     def step(self, vm: Vm, call: str, **arguments: Any) -> Iterator[Step]:
@@ -1131,7 +1192,7 @@ class Checker:
         """
         assert self._open is None, "steps do not nest"
         self._steps.pop(vm, None)
-        step = self._open = Step(vm, Snapshot.of(State(vm)), call, arguments)
+        step = self._open = Step(vm, self._snapshot(self._view(vm).look()), call, arguments)
         try:
             yield step
         except UapiError as error:
@@ -1148,11 +1209,21 @@ class Checker:
 
     # ---- inside -----------------------------------------------------------------------------------------------
 
+    def _view(self, vm: Vm) -> View:
+        view = self._views.get(vm)
+        if view is None:
+            view = self._views[vm] = View(vm)
+        return view
+
+    def _snapshot(self, state: State) -> Snapshot:
+        snapshot = Snapshot.of(state)
+        self._view(state.vm).keep(state)
+        return snapshot
+
     def _finish(self, step: Step, state: State) -> None:
-        step.after = Snapshot.of(state)
-        for row in _STEP_ROWS:
-            if row.needs(step.vm.caps):
-                row.enforce(self.host, step)
+        step.after = self._snapshot(state)
+        for row in _rows_for(step.vm.caps)[When.STEP]:
+            row.enforce(self.host, step)
         self._after_reclaim()
         self.trace.running.clear()
         if step.vm.dead:
@@ -1164,6 +1235,7 @@ class Checker:
 
     def _bury(self, vm: Vm) -> None:
         self._steps.pop(vm, None)
+        self._views.pop(vm, None)
         check_gone(vm)
         if not self.host.vms:
             private = (Use.TABLE, Use.META, Use.ORPHAN)  # the memory of an inode may outlive the last VM
@@ -1197,7 +1269,6 @@ class Checker:
 
 
 _EVENT_ROWS = [row for row in INVARIANTS if row.when is When.EVENT]
-_STEP_ROWS = [row for row in INVARIANTS if row.when is When.STEP]
 
 __all__ = [
     "INVARIANTS", "Checker", "Invariant", "Needs", "State", "Step", "Trace", "When", "Wrong", "check", "check_gone",

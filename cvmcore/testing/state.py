@@ -1,7 +1,11 @@
-"""A VM as arrays: what the invariants look at. Everything is by 4K pages, computed once, with numpy."""
+"""A VM as arrays: what the invariants look at. Everything is by 4K pages, computed once, with numpy.
+
+A `View` looks at the same VM again and again, and keeps what is made of parts that have not changed.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,7 +21,7 @@ from cvmcore.mem.mm import HUGE as HUGE_PAGE
 from cvmcore.mem.mm import Mapping
 from cvmcore.mem.tdp import FRAME_SHIFT, PRESENT, TABLE, TOP, WRITABLE, Root
 from cvmcore.pages import IntArray, Words, array_of
-from cvmcore.types import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, Capabilities, Use, order_of
+from cvmcore.types import PG_LEVEL_1G, PG_LEVEL_2M, PG_LEVEL_4K, Capabilities, Use, order_of, pages_per_level
 
 if TYPE_CHECKING:
     from cvmcore.errors import UapiError
@@ -115,7 +119,7 @@ def peek(machine: Host, hook: str, /, **arguments: Any) -> Any:
 
 
 class State:
-    """A VM as it stands now. Nothing is looked at twice: make a new one after each step."""
+    """A VM as it stands now. Nothing is looked at twice: make a new one after each step, or have a `View` make it."""
 
     def __init__(self, vm: Vm) -> None:
         self.vm = vm
@@ -158,8 +162,7 @@ class State:
     @property
     def external(self) -> Root | None:
         """The root that records what hooks installed: the mirror, or the mediated one."""
-        tdp = self.vm.tdp
-        return tdp.mirror if tdp.mirror is not None else tdp.direct if tdp.direct.external else None
+        return _external(self.vm)
 
     @cached_property
     def mirror_tables(self) -> IntArray:
@@ -172,6 +175,34 @@ class State:
                 found.append((words[words & np.uint32(TABLE) != 0] >> np.uint32(FRAME_SHIFT)).astype(np.int64))
         found += [array_of(vcpu.tables.spare) for vcpu in self.vm.vcpus]
         return np.concatenate(found)
+
+    @cached_property
+    def kinds(self) -> dict[tuple[Root, int], npt.NDArray[np.uint8]]:
+        """What `kinds_of` says, of every root and level."""
+        return {(root, level): kinds_of(root, level) for root in self.roots for level in range(PG_LEVEL_4K, TOP + 1)}
+
+    # ---- copies -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def attributes(self) -> npt.NDArray[np.uint8]:
+        """The attribute of each gfn."""
+        return self.vm.attributes.words.copy()
+
+    @cached_property
+    def pins(self) -> npt.NDArray[np.uint16]:
+        """Pins of the frames that were ever handed out to guests and processes."""
+        return self.frames.pins[: self.frames.top].copy()
+
+    @cached_property
+    def outstanding(self) -> dict[Use, int]:
+        """Frames in use by what for."""
+        return self.frames.outstanding()
+
+    @cached_property
+    def words(self) -> list[tuple[GmemInode | Mapping, Words]]:
+        """The words of each inode and of each mapping."""
+        owners: list[GmemInode | Mapping] = [*self.inodes, *self.mappings]
+        return [(owner, owner.words.copy()) for owner in owners]
 
     # ---- slots and attributes ---------------------------------------------------------------------------------
 
@@ -256,23 +287,167 @@ class State:
         return [mapping for mapping in self.vm.mm.mappings if mapping.gmem is None]
 
 
+# ---- again and again ------------------------------------------------------------------------------------------
+
+
+def _tables(vm: Vm) -> tuple[object, ...]:
+    tdp = vm.tdp
+    roots = [*([tdp.mirror] if tdp.mirror is not None else []), tdp.direct, *tdp.invalid]
+    entries = [(root, *root.leaves, *root.tables, *(words.tobytes() for words in root.entries)) for root in roots]
+    return tdp.end_gfn, *entries, *(array_of(vcpu.tables.spare).tobytes() for vcpu in vm.vcpus)
+
+
+def _slots(vm: Vm) -> tuple[object, ...]:
+    return tuple(
+        (s.id, s.base_gfn, s.npages, s.hva, s.flags, s.gmem, s.gmem_pgoff, s.gmem_only, s.invalid, s.dirty is None,
+         *(info.tobytes() for info in s.lpage.values()))
+        for s in vm.slots
+    )  # fmt: skip
+
+
+def _backing(vm: Vm) -> tuple[object, ...]:
+    inodes = {file.inode: None for file in vm.gmem_files}
+    return (
+        *((inode, inode.npages, inode.allocated, inode.words.tobytes()) for inode in inodes),
+        *((m, m.start, m.npages, m.gmem, m.pgoff, m.words.tobytes()) for m in vm.mm.mappings),
+    )
+
+
+def _handed_out(vm: Vm, column: npt.NDArray[Any]) -> tuple[object, ...]:
+    frames = vm.host.frames
+    return frames.top, column[: frames.top].tobytes(), column[max(frames.bottom, frames.top) :].tobytes()
+
+
+def _external(vm: Vm) -> Root | None:
+    tdp = vm.tdp
+    return tdp.mirror if tdp.mirror is not None else tdp.direct if tdp.direct.external else None
+
+
+def trusted_entries(vm: Vm, root: Root, level: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """What `read_private_spte` says of every entry of a level: kinds and frames."""
+    n = min(len(root.entries[level]), -(-vm.tdp.end_gfn // pages_per_level(level)))
+    pages = slice(0, n << order_of(level), pages_per_level(level))
+    kinds, frames = peek(vm.host, "read_private_spte", vm=vm, gfns=pages, level=level)
+    return kinds, frames
+
+
+def levels_of(root: Root) -> range:
+    """The levels that a root has entries at: one without tables has none above 2M."""
+    return range(PG_LEVEL_4K, (PG_LEVEL_2M if root.flat else TOP) + 1)
+
+
+def _trusted(vm: Vm) -> tuple[object, ...]:
+    root = _external(vm)
+    if root is None or not vm.host.ops.has("read_private_spte"):
+        return ()
+    return tuple(column.tobytes() for level in levels_of(root) for column in trusted_entries(vm, root, level))
+
+
+PARTS: dict[str, Callable[[Vm], tuple[object, ...]]] = {
+    "tables": _tables,
+    "slots": _slots,
+    "attributes": lambda vm: (vm.attributes.words.tobytes(),),
+    "backing": _backing,
+    "files": lambda vm: (
+        vm.users, vm.destroyed, *((file, file.refs, *file.bindings, *file.inode.files) for file in vm.gmem_files),
+    ),
+    "use": lambda vm: _handed_out(vm, vm.host.frames.use),
+    "pins": lambda vm: _handed_out(vm, vm.host.frames.pins),
+    "trusted": _trusted,
+    "tlbs": lambda vm: tuple((vcpu, *vcpu.tlb.entries.items()) for vcpu in vm.vcpus),
+}  # fmt: skip
+"""Parts of a VM, and of its host, that are compared as a whole: all that they hold, copied."""
+
+_MADE_OF: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("tables",): ("roots", "mirror", "mirror_tables", "kinds"),
+    ("tables", "attributes"): ("direct", "mapped", "reaching"),
+    ("slots",): ("slots",),
+    ("attributes",): ("attributes",),
+    ("backing",): ("inodes", "words"),
+    ("use",): ("outstanding",),
+    ("pins",): ("pins",),
+}
+"""What of a `State` is made of which parts: it is the same as long as they are."""
+
+
+class View:
+    """A VM that is looked at again and again: what is another than it was, by parts.
+
+    Parts are compared with copies of them: no counter and no event is believed. So what was made of parts that are the
+    same, or was found in order in them (`holds`), needs no second look. Between `look` and what is asked after it,
+    nothing may happen to the VM.
+    """
+
+    def __init__(self, vm: Vm) -> None:
+        self.vm = vm
+        self.looks = 0
+        self._parts: dict[str, tuple[object, ...]] = {}
+        self._seen: dict[str, int] = {}
+        self._changed: dict[str, int] = {}
+        self._answers: dict[tuple[str, ...], int] = {}
+        self._made: dict[str, Any] = {}
+        self._held: dict[object, int] = {}
+
+    def look(self) -> State:
+        """The VM as it stands now."""
+        self.looks += 1
+        self._answers.clear()
+        state = State(self.vm)
+        for parts, names in _MADE_OF.items():
+            if self.changed(parts) < self.looks:
+                state.__dict__.update((name, self._made[name]) for name in names if name in self._made)
+        self._made = {}
+        return state
+
+    def keep(self, state: State) -> None:
+        """Keep what was made of the state of the last look, for the next."""
+        self._made = dict(state.__dict__)
+
+    def changed(self, parts: tuple[str, ...]) -> int:
+        """The last look that found one of the parts changed. All are compared: what changes twice may look the same."""
+        if (known := self._answers.get(parts)) is not None:
+            return known
+        for name in parts:
+            if self._seen.get(name) != self.looks:
+                self._seen[name] = self.looks
+                now = PARTS[name](self.vm)
+                if now != self._parts.get(name):
+                    self._parts[name], self._changed[name] = now, self.looks
+        last = self._answers[parts] = max([self._changed[name] for name in parts])
+        return last
+
+    def holds(self, row: object, reads: tuple[str, ...]) -> bool:
+        """Whether nothing has changed in these parts since the row was last found to hold."""
+        return self.changed(reads) <= self._held.get(row, 0)
+
+    def held(self, row: object) -> None:
+        """The row was looked at now, and holds."""
+        self._held[row] = self.looks
+
+
 # ---- before and after -----------------------------------------------------------------------------------------
 
 
 @attrs.frozen(eq=False)
 class Store:
-    """Memory behind guest pages, as it stood: an inode or a mapping with its words, and the content of each page."""
+    """Memory behind guest pages, as it stood: an inode or a mapping with its words, and the content of all frames."""
 
     owner: GmemInode | Mapping
     words: Words
-    stamps: Words
-    keys: npt.NDArray[np.uint16]
+    stamp: Words
+    key: npt.NDArray[np.uint16]
 
-    @staticmethod
-    def of(owner: GmemInode | Mapping, host: Host) -> Store:
-        words = owner.words.copy()
-        frames = words >> np.uint32(5)
-        return Store(owner, words, host.memory.stamp[frames], host.memory.key[frames])
+    @property
+    def stamps(self) -> Words:
+        """What stood in each page."""
+        stamps: Words = self.stamp[self.words >> np.uint32(FRAME_SHIFT)]
+        return stamps
+
+    @property
+    def keys(self) -> npt.NDArray[np.uint16]:
+        """The key that each page was written with."""
+        keys: npt.NDArray[np.uint16] = self.key[self.words >> np.uint32(FRAME_SHIFT)]
+        return keys
 
 
 @attrs.frozen(eq=False)
@@ -298,17 +473,18 @@ class Snapshot:
     @staticmethod
     def of(state: State) -> Snapshot:
         vm, host = state.vm, state.host
+        stamp, key = host.memory.stamp[: host.frames.top].copy(), host.memory.key[: host.frames.top].copy()
         return Snapshot(
             seq=vm.frame.seq,
             dead=vm.dead,
             users=vm.users,
             slots={s.id: (s.base_gfn, s.npages, s.hva, s.flags, s.has_gmem) for s in vm.slots},
-            attributes=vm.attributes.words.copy(),
+            attributes=state.attributes,
             leaves=state.mapped,
             files={file: file.refs for file in vm.gmem_files},
-            stores=[Store.of(inode, host) for inode in state.inodes] + [Store.of(m, host) for m in state.mappings],
-            pins=host.frames.pins[: host.frames.top].copy(),
-            loose_tables=host.frames.outstanding().get(Use.TABLE, 0) - len(state.mirror_tables),
+            stores=[Store(owner, words, stamp, key) for owner, words in state.words],
+            pins=state.pins,
+            loose_tables=state.outstanding.get(Use.TABLE, 0) - len(state.mirror_tables),
             attribute_calls=host.meter.counts.get("attributes_call", 0),
         )
 

@@ -834,12 +834,16 @@ def watch_launch(vm: VmView, tell: Callable[[str, int | None, bytes], None]) -> 
     vm.host.hw.td(vm.arch.tdr).watch = tell
 
 
+_KIND_OF = np.array(
+    [0 if state in (SeptState.FREE, SeptState.REMOVED) else 4 if state == SeptState.NL_BLOCKED
+     else 2 if state > SeptState.NL_BLOCKED else 1 for state in range(32)], np.uint8,
+)  # fmt: skip
+"""Kind of an entry, as the contract has it, by its state."""
+
+
 def _kinds(words: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Kinds and frames of Secure-EPT entries, as the contract has them."""
-    states = words & np.uint32(31)
-    kinds = np.where(states >= SeptState.NL_BLOCKED, np.uint8(2), np.uint8(1))
-    kinds[states == SeptState.NL_BLOCKED] = 4
-    kinds[(states == SeptState.FREE) | (states == SeptState.REMOVED)] = 0
+    kinds = _KIND_OF[words & np.uint32(31)]
     return kinds, (words >> np.uint32(5)).astype(np.int64)
 
 
