@@ -352,7 +352,8 @@ class Vm:
 
     def release(self) -> Steps[None]:
         """The VMM's address space goes away (kvm_flush_shadow_all): all direct roots are zapped, invalid ones included,
-        without a flush, since no vCPU can run any more. External roots stay: their pages are not the VMM's."""
+        without a flush, since no vCPU can run any more. A mirror stays: its pages are not the VMM's; a mediated root
+        stays where its pages are pinned, and goes leaf by leaf where notifiers are honoured."""
         for vcpu in self.vcpus:
             vcpu.leave()
             vcpu.tlb.flush(0, 1 << 52)
@@ -365,6 +366,11 @@ class Vm:
             for root in list(self.tdp.invalid):
                 pages += root.pages_mapped
                 self.tdp.drop_root(root)
+            yield from drop(self.mmu_lock.all)
+        elif self.caps.honours_notifiers:
+            yield from write(self.mmu_lock.all)
+            for slot in self.slots:
+                pages += yield from self.tdp.zap_leaves(self.tdp.direct, slot, slot.base_gfn, slot.end_gfn)
             yield from drop(self.mmu_lock.all)
         yield from self.host.ops.call("memory_reclaimed", vm=self, nr_pages=pages)
 

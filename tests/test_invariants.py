@@ -449,6 +449,35 @@ def _(b: Watched) -> tuple[object, ...]:
     return b.checker.trace, b.hook("memslot_prepare")
 
 
+@breaks("reclaimed_once", MIRROR)
+def _(b: Watched) -> tuple[object, ...]:
+    """The external table still maps it."""
+    b.host.frames.use[b.frame_of(GFN)] = Use.FREE
+    return b.checker.trace, b.hook("memslot_prepare")
+
+
+def reclaim(b: Watched, *pfns: int) -> tuple[object, ...]:
+    return b.checker.trace, attrs.evolve(b.hook("gmem_invalidate"), pfns=np.array(pfns))
+
+
+@breaks("reclaimed_from_a_file", OWNING)
+def _(b: Watched) -> tuple[object, ...]:
+    """It has been given back before."""
+    pfn = b.frame_of(GFN)
+    b.punch(GFN, 1)
+    return reclaim(b, pfn)
+
+
+@breaks("reclaimed_from_a_file", OWNING)
+def _(b: Watched) -> tuple[object, ...]:
+    return reclaim(b, b.frame_of(GFN), b.frame_of(GFN))
+
+
+@breaks("taken_back_once", MIRROR)
+def _(b: Watched) -> tuple[object, ...]:
+    return b.checker.trace, attrs.evolve(b.hook("remove_private_spte"), pfns=slice(900, 901, 1))
+
+
 @breaks("leaves_are_defined")
 def _(b: Watched) -> None:
     b.inode.words[GFN] &= ~np.uint32(1)
@@ -830,7 +859,12 @@ def test_capabilities_decide() -> None:
     assert mirror - private == {4, 6, 10, 11}
     assert private - mirror == {5}
     assert {10, 11, 12, 32} <= mediated
-    assert not {2, 4, 5, 17, 18, 19, 27, 28} & mediated
+    assert not {2, 4, 5, 18, 19, 27, 28} & mediated
+    # Of 17 what external tables map: that is reclaimed, too.
+    without_files = Capabilities(mediated_root=True, gmem_backed=False)
+    assert {"reclaimed_once", "taken_back_once"} == {
+        row.check.__name__ for row in INVARIANTS if row.number == 17 and row.needs(without_files)
+    }
     in_place = switched_on(Capabilities(private_by_attribute=True, converts_in_place=True))
     assert "views_are_apart" not in {row.check.__name__ for row in in_place}
 
@@ -937,6 +971,33 @@ def test_a_vm_that_is_gone_is_empty() -> None:
     box.machine.destroy()
 
     check_gone(box.vm)
+
+
+def test_locked_pages_are_excused_where_this_vm_leaked_them() -> None:
+    """30: a page that the vendor lost stays charged. What somebody else lost is no excuse."""
+    box = Watched(PINNING)
+    box.machine.destroy()
+    box.vm.memlock_pages = 2
+    box.host.frames.leak(box.host.frames.alloc(9, Use.GMEM), "another VM's")
+    with pytest.raises(InvariantViolation, match="invariant 30"):
+        check_gone(box.vm)
+
+    check_gone(box.vm, lost=2)
+
+
+def test_pins_are_excused_where_they_are_on_leaked_frames() -> None:
+    """30: a leaked frame that has lost its pin does not make up for a pin that somebody forgot."""
+    box = Watched()
+    frames = box.host.frames
+    leaked = frames.alloc(2, Use.GMEM)
+    frames.pin(leaked)
+    frames.leak(leaked, "the vendor has lost them")
+    box.destroy_and_look()
+
+    frames.unpin(leaked)
+    frames.pin(slice(9, 10, 1))
+    with pytest.raises(InvariantViolation, match="invariant 30"):
+        box.checker.check_idle()
 
 
 # ---- the checker itself -------------------------------------------------------------------------------------------

@@ -233,6 +233,13 @@ class Frames:
         """Frames that leaked."""
         return sum(count(pfns) for _, pfns in self.leaks)
 
+    def pins_leaked(self) -> int:
+        """Pins of frames that leaked, as `pins_held` counts them."""
+        if not self.leaks:
+            return 0
+        pages = np.unique(np.concatenate([array_of(pfns) for _, pfns in self.leaks]))
+        return int(self.pins[pages].sum())
+
     def outstanding(self) -> dict[Use, int]:
         """Frames in use by what for; not leaked ones, nor pfn 0. Looks only where frames were handed out."""
         counts: dict[Use, int] = {}

@@ -169,6 +169,9 @@ OWNED = Needs(
 APART = Needs(
     "private_by_attribute, no converts_in_place", lambda caps: caps.private_by_attribute and not caps.converts_in_place
 )
+GUESTS = Needs(
+    "gmem_backed, has_mirror or mediated_root", lambda caps: caps.gmem_backed or caps.has_mirror or caps.mediated_root
+)
 PINS = Needs("needs_pin", lambda caps: caps.needs_pin)
 NOTIFIED = Needs("honours_notifiers", lambda caps: caps.honours_notifiers)
 
@@ -637,7 +640,7 @@ def free_frames_are_the_hosts(s: State) -> Wrong | None:
     return Wrong("a free frame is not the host's", pfn=bad, states={"verdict": verdict.name})
 
 
-@_row(17, "a frame that was made the guest's is reclaimed before it is free", GMEM, When.EVENT)
+@_row(17, "a frame that was made the guest's is reclaimed before it is free", GUESTS, When.EVENT)
 def reclaimed_once(trace: Trace, event: Event) -> Wrong | None:
     if event.kind != "hook" or event.phase != "begin":
         return None
@@ -645,11 +648,33 @@ def reclaimed_once(trace: Trace, event: Event) -> Wrong | None:
 
 
 def _unreclaimed(trace: Trace) -> Wrong | None:
-    frames = trace.host.frames
-    wrong = trace.prepared[: frames.top] > frames.use[: frames.top]  # 1, and Use.FREE
-    if not np.count_nonzero(wrong):
+    use = trace.host.frames.use[: trace.host.frames.top]
+    for guests in (trace.prepared, trace.held_by_tables):
+        wrong = (guests[: len(use)] != 0) > use  # True, and Use.FREE
+        if np.count_nonzero(wrong):
+            return Wrong("a guest's frame is free and was not reclaimed", pfn=int(np.argmax(wrong)))
+    return None
+
+
+@_row(17, "a frame is reclaimed once: it is a file's then, or listed as leaked", GMEM, When.EVENT)
+def reclaimed_from_a_file(trace: Trace, event: Event) -> Wrong | None:
+    if event.kind != "hook" or event.phase != "begin" or event.name != "gmem_invalidate" or event.pfns is None:
         return None
-    return Wrong("a guest's frame is free and was not reclaimed", pfn=int(np.argmax(wrong)))
+    pfn = np.sort(array_of(event.pfns))
+    use = trace.host.frames.use[pfn]
+    gone = (use != Use.GMEM) & (use != Use.LEAKED)
+    return _first(gone, "a frame is reclaimed that no file has", pfn=pfn, use=use) or _first(
+        pfn[1:] == pfn[:-1], "a frame is reclaimed twice", pfn=pfn[1:]
+    )
+
+
+@_row(17, "a frame that an external table maps is taken back once for each leaf", EXTERNAL, When.EVENT)
+def taken_back_once(trace: Trace, event: Event) -> Wrong | None:
+    if event.kind != "hook" or event.phase != "begin" or event.name != "remove_private_spte":
+        return None
+    assert event.pfns is not None and event.gfns is not None
+    pfn = array_of(event.pfns)
+    return _first(trace.held_by_tables[pfn] == 0, "a frame is taken back that no table maps", array_of(event.gfns), pfn)
 
 
 @_row(
@@ -970,7 +995,7 @@ def nothing_is_left(s: State) -> Wrong | None:
         "files": len(vm.gmem_files),
         "slots": len(list(vm.slots)),
         "users": vm.users,
-        "locked pages": max(0, vm.memlock_pages - s.frames.leaked()),  # a page that is leaked keeps its charge
+        "locked pages": max(0, vm.memlock_pages - s.lost),  # a page that is leaked keeps its charge
         "vCPUs inside": sum(vcpu.in_guest for vcpu in vm.vcpus),
         "invalidations": vm.frame.in_progress + vm.active_count,
     }
@@ -1097,9 +1122,9 @@ def check(vm: Vm, *, quiet: bool = True, view: View | None = None) -> State:
     return state
 
 
-def check_gone(vm: Vm) -> None:
-    """All invariants of a VM that was destroyed."""
-    state = State(vm)
+def check_gone(vm: Vm, lost: int = 0) -> None:
+    """All invariants of a VM that was destroyed. lost: pinned pages that its vendor has leaked, which stay charged."""
+    state = State(vm, lost)
     for row in INVARIANTS:
         if row.when is When.GONE and row.needs(vm.caps):
             row.enforce(vm.host, state)
@@ -1126,7 +1151,7 @@ class Checker:
         """How often all invariants of a state were looked at."""
         self._steps: dict[Vm, Step] = {}
         self._open: Step | None = None
-        self._idle = host.frames.outstanding(), host.frames.pins_held
+        self._idle = host.frames.outstanding(), host.frames.pins_held - host.frames.pins_leaked()
         self._vms: dict[int, Vm] = {}
         self._event_rows: dict[int, list[Invariant]] = {}
         self._views: dict[Vm, View] = {}
@@ -1236,7 +1261,7 @@ class Checker:
     def _bury(self, vm: Vm) -> None:
         self._steps.pop(vm, None)
         self._views.pop(vm, None)
-        check_gone(vm)
+        check_gone(vm, self.trace.lost.pop(vm.id, 0))
         if not self.host.vms:
             private = (Use.TABLE, Use.META, Use.ORPHAN)  # the memory of an inode may outlive the last VM
             self._enforce_idle({u: n for u, n in self.host.frames.outstanding().items() if u in private})
@@ -1245,9 +1270,8 @@ class Checker:
         before, pins = self._idle
         left: dict[str, object] = {u.name: n - before.get(u, 0) for u, n in now.items() if n != before.get(u, 0)}
         frames = self.host.frames
-        leaked = sum(int(frames.pins[pfns].sum()) for _, pfns in frames.leaks)
-        if not 0 <= frames.pins_held - pins <= leaked:  # a page that is leaked keeps its pins
-            left["pins"] = frames.pins_held - pins
+        if frames.pins_held - frames.pins_leaked() != pins:  # a page that is leaked keeps its pins
+            left["pins"] = frames.pins_held - frames.pins_leaked() - pins
         if left:
             raise InvariantViolation(
                 "all VMs are gone and something is left", number=30, states=left, events=self.host.last_events()

@@ -121,8 +121,10 @@ def peek(machine: Host, hook: str, /, **arguments: Any) -> Any:
 class State:
     """A VM as it stands now. Nothing is looked at twice: make a new one after each step, or have a `View` make it."""
 
-    def __init__(self, vm: Vm) -> None:
+    def __init__(self, vm: Vm, lost: int = 0) -> None:
         self.vm = vm
+        self.lost = lost
+        """Pinned pages that were leaked by the vendor, on behalf of this VM."""
         self.host = vm.host
         self.caps: Capabilities = vm.caps
         self.frames = vm.host.frames

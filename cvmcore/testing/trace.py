@@ -80,6 +80,11 @@ class Trace:
         self.shadows: dict[int, Shadow] = {}
         self.prepared: npt.NDArray[np.uint8] = zeros(host.nr_frames, np.uint8)
         """Frames that gmem_prepare or launch_update made the guest's, and that were not reclaimed since."""
+        self.held_by_tables: npt.NDArray[np.uint8] = zeros(host.nr_frames, np.uint8)
+        """By how many leaves of external tables, of any VM, each frame is mapped, as the vendors were told."""
+        self.lost: dict[int, int] = {}
+        """By VM: pinned pages that a hook for this VM has leaked. They stay pinned, and charged."""
+        self._leaks = len(host.frames.leaks)
         self.running: list[int] = []
         """Pages of the hook calls that run now, the innermost last."""
         self.buried: set[int] = set()
@@ -110,13 +115,27 @@ class Trace:
             self.running.pop()
         if event.name in ENTRY_HOOKS:
             self._note_entries(event)
-        if event.phase != "end" or event.pfns is None or "injected" in event.info:
+        if event.phase != "end":
             return
+        self._note_leaks(event.vm)
+        if event.pfns is None or "injected" in event.info:
+            return
+        if event.name in ("set_private_spte", "remove_private_spte"):
+            pfns = array_of(event.pfns)[: _done(event, event.level) << order_of(event.level)]
+            self.held_by_tables[pfns] += np.uint8(1 if event.name == "set_private_spte" else 255)
         if event.name in ("gmem_prepare", "launch_update") and self.host.ops.has("gmem_invalidate"):
             pfns = array_of(event.pfns)[: _done(event)]
             self.prepared[pfns[self.host.frames.use[pfns] == Use.GMEM]] = 1
         elif event.name == "gmem_invalidate":
             self.prepared[event.pfns] = 0
+
+    def _note_leaks(self, vm_id: int) -> None:
+        """What was leaked since the last hook ended, this one has leaked."""
+        frames = self.host.frames
+        for _, pfns in frames.leaks[self._leaks :]:
+            pinned = int(np.count_nonzero(frames.pins[pfns]))
+            self.lost[vm_id] = self.lost.get(vm_id, 0) + pinned
+        self._leaks = len(frames.leaks)
 
     def _note_entries(self, event: Event) -> None:
         level, index = entries_of(event)

@@ -307,3 +307,16 @@ def test_teardown_clears_what_was_private() -> None:
 
     assert not w.host.memory.read(private, 0).any()
     assert w.host.memory.read(shared, 0).tolist() == kept
+
+
+@pytest.mark.parametrize("protected", ["yes", "no"])
+def test_no_frame_is_free_that_stage_2_still_maps_when_the_vmm_exits(protected):
+    """The address space goes before the VM does: what is not pinned is unshared first (kvm_arch_flush_shadow_all)."""
+    world = World(protected=protected)
+    world.guest.write(run(0, 20))
+    unmapped = []
+    world.host.frames.watch = lambda what, pfns, use: unmapped.append((what, world.leaves.get(1, 0)))
+    world.machine.destroy()
+    freed = [leaves for what, leaves in unmapped if what in ("free", "orphan")]
+    assert freed[0] == (20 if protected == "yes" else 0)  # pinned: it lives on until EL2 has given it back
+    world.checker.check_idle()
