@@ -398,7 +398,7 @@ def wrprotect_private_spte(vm: VmView, batch: Batch) -> None:
 def relax_private_spte(vm: VmView, vcpu: VcpuView, batch: Batch) -> InstallResult:
     """Leaves of a mediated root get write access back: the write of `vcpu` has faulted, and is logged.
 
-    On error: Stopped; leaves from `done` on stay read-only, and the fault is retried.
+    On error: Stopped; leaves from `done` on stay read-only. Retry: the fault is retried; Fatal: KVM_RUN ends with it.
     """
 
 

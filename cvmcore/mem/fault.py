@@ -556,6 +556,7 @@ def _map_mixed(
 ) -> Steps[tuple[Stop | None, int, RetPf]]:
     """Some entries are not absent: frozen (retry there), spurious, write-protected, or a table where a leaf is due."""
     vm, write, n = access.vm, access.write, len(batch)
+    refused: Stop | None = None
     frozen = words == FROZEN
     if np.count_nonzero(frozen):
         n = int(np.argmax(frozen))
@@ -594,10 +595,10 @@ def _map_mixed(
             protected = present & ((words & np.uint32(WRITABLE)) == 0)
             if bits & WRITABLE and np.count_nonzero(protected):
                 index = where(batch.blocks, protected)
-                stop = yield from vm.tdp.make_writable(root, slot, batch.level, index, access.vcpu)
+                refused = yield from vm.tdp.make_writable(root, slot, batch.level, index, access.vcpu)
                 present &= ~protected
-                if stop is not None:
-                    n = int(np.flatnonzero(protected)[stop.done])
+                if refused is not None:
+                    n = int(np.flatnonzero(protected)[refused.done])
                     batch, words, present, ret = batch.part(0, n), words[:n], present[:n], RetPf.RETRY
         if ret is RetPf.FIXED and np.count_nonzero(present) == n:
             ret = RetPf.SPURIOUS
@@ -610,4 +611,4 @@ def _map_mixed(
         stop = yield from vm.tdp.map_leaves(root, sub, bits, access.vcpu)
         if stop is not None:
             return stop, int(positions[stop.done]), RetPf.RETRY
-    return None, n, ret
+    return refused, n, ret

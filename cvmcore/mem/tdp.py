@@ -487,6 +487,7 @@ class Tdp:
                         if root.flat:
                             slot = self._slot_at(at << order_of(above))
                             yield from self._zap(root, slot, above, slice(at, at + 1, 1))
+                            self._invalidated(at << order_of(above), above)
                         else:
                             yield from self.split(root, at << order_of(above), above)
                 words = take(root.entries[above], index)
@@ -725,8 +726,14 @@ class Tdp:
     def make_room(self, root: Root, slot: Memslot, gfn: int, level: int) -> Steps[None]:
         """What a mediated root has of small pages where a huge leaf is due is zapped; content stays where it is."""
         yield from self.zap_leaves(root, slot, gfn, gfn + pages_per_level(level))
+        self._invalidated(gfn, level)
         root.entries[level][gfn >> order_of(level)] = 0
         root.tables[level] -= 1
+
+    def _invalidated(self, gfn: int, level: int) -> None:
+        """Within a fault nobody flushes what a mediated root loses: the trusted party has, before it took it back."""
+        for vcpu in self.vm.vcpus:
+            vcpu.tlb.flush(gfn, gfn + pages_per_level(level))
 
     # ---- rights -----------------------------------------------------------------------------------------------
 

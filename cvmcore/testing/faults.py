@@ -116,27 +116,33 @@ class FailingCall(_Counted):
     A batch is as many calls as it has elements: those before the n-th are done, the batch ends there with the refusal.
 
     operation: its name on the host's hardware (`"tdh_mem_page_aug"`, `"psp.df_flush"`). answer: what the hardware says
-    to a call that it refuses after `done` elements of its batch. elements: which arguments are selectors of the
-    batch's elements (none: every call is one). times: so many calls in a row are refused.
+    to a call that it refuses, made from how many elements of its batch were done before, and the call's arguments.
+    elements: which arguments are selectors of the batch's elements (none: every call is one). times: so many calls in a
+    row are refused.
     """
 
     def __init__(
-        self, operation: str, answer: Callable[[int], Any], nth: int = 0, *, elements: tuple[int, ...] = (),
-        times: int = 1, chance: float = 0, seed: int = 0,
+        self, operation: str, answer: Callable[[int, tuple[Any, ...]], Any], nth: int = 0, *,
+        elements: tuple[int, ...] = (), times: int = 1, chance: float = 0, seed: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(nth, chance=chance, seed=seed)
         self.operation, self.answer, self.elements, self.times = operation, answer, elements, times
         self.on_strike: Callable[[], None] = lambda: None
         """Called at each refusal, before the caller hears of it."""
+        self.resting = False
+        """Nothing is refused by chance meanwhile."""
 
     def strikes(self) -> bool:
         self.seen += 1
-        by_chance = self._chance > 0 and self._random.random() < self._chance
-        return 0 <= self.seen - self.nth < self.times * (self.nth > 0) or by_chance
+        return 0 <= self.seen - self.nth < self.times * (self.nth > 0)
 
     def _refused_at(self, args: tuple[Any, ...]) -> int | None:
-        """The element that is refused; None where all go through."""
+        """The element that is refused; None where all go through. By chance it is one of a batch, whatever its size."""
         n = count(args[self.elements[0]]) if self.elements else 1
+        if self._chance:
+            self.seen += n
+            strikes = n and not self.resting and self._random.random() < self._chance
+            return self._random.randrange(n) if strikes else None
         return next((i for i in range(n) if self.strikes()), None)
 
     def _made(self, args: tuple[Any, ...], result: Any) -> Any:
@@ -170,7 +176,7 @@ class FailingCall(_Counted):
                         failing.seen -= at + 1 - done.done
                         return done
                 failing.on_strike()
-                return failing.answer(at)
+                return failing.answer(at, args)
 
             def steps(self, *args: Any, **kwargs: Any) -> Steps[Any]:
                 at = failing._refused_at(args)
@@ -182,7 +188,7 @@ class FailingCall(_Counted):
                         failing.seen -= at + 1 - done.done
                         return done
                 failing.on_strike()
-                return failing.answer(at)
+                return failing.answer(at, args)
 
         setattr(owner, name, Refusing())
 

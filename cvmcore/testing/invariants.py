@@ -431,6 +431,8 @@ def mirror_equals_external(s: State) -> Wrong | None:
         wrong = state != kinds[:n]
         wrong |= (kinds[:n] != ABSENT) & (frame != words[:n] >> np.uint32(5))
         wrong &= (state != DESTROYED) | (kinds[:n] == ABSENT)
+        if s.vm.dead:  # of a table that could not be unblocked, perhaps
+            wrong &= (state != IS_BLOCKED) | (kinds[:n] != IS_TABLE)
         lost = s.frames.use[frame] == Use.LEAKED.value  # it was not given back, and is listed
         wrong &= (kinds[:n] != ABSENT) | ~lost
         if found := _first(

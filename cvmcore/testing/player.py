@@ -20,10 +20,12 @@ from cvmcore.host import Host
 from cvmcore.pages import array_of, as_sel
 from cvmcore.types import (
     KVM_MEM_GUEST_MEMFD,
+    KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEMORY_ATTRIBUTE_PRIVATE,
     PAGE_BYTES,
     PG_LEVEL_2M,
     ExitReason,
+    GuestException,
     HostVerdict,
     MapGpaRange,
     MemoryFault,
@@ -72,7 +74,7 @@ class Player:
         self.npages = npages
         self.failed = failed if failed is not None else Failed()
         self.process = process or Process(host)
-        self.vm: VmFd = self._until_it_works(lambda: self.process.create_vm(vm_type))
+        self.vm: VmFd = self.until_it_works(lambda: self.process.create_vm(vm_type))
         self.caps = self.vm.vm.caps
         self.two_kinds = self.caps.private_by_attribute or self.caps.confidential
         self.in_place = self.caps.converts_in_place or not self.two_kinds
@@ -87,10 +89,10 @@ class Player:
         self.hva = self.process.mmap(npages * PAGE_BYTES)
         self.add_slot()
         if host.ops.has("register_region"):
-            self._until_it_works(lambda: self.vm.register_region(self.hva, npages * PAGE_BYTES))
+            self.until_it_works(lambda: self.vm.register_region(self.hva, npages * PAGE_BYTES))
         if self.caps.private_by_attribute:
             self.set_attributes(range(npages), True)
-        self.vcpus: list[VcpuFd] = [self._until_it_works(self.vm.create_vcpu) for _ in range(vcpus)]
+        self.vcpus: list[VcpuFd] = [self.until_it_works(self.vm.create_vcpu) for _ in range(vcpus)]
         if image:
             self.load(0, image)
         if launch:
@@ -98,7 +100,8 @@ class Player:
 
     # ---- calling ----------------------------------------------------------------------------------------------
 
-    def _until_it_works(self, call: Callable[[], T]) -> T:
+    def until_it_works(self, call: Callable[[], T]) -> T:
+        """What a call gives in the end; it is made again where it fails for a reason that passes."""
         for i in range(TRIES):
             try:
                 return call()
@@ -114,8 +117,10 @@ class Player:
 
     def run(self, action: Action, vcpu: int = 0) -> None:
         """KVM_RUN until the action is complete; conversions that the guest asks for are granted."""
-        tries = 0
+        tries, done = 0, action.done
         while True:
+            if action.done > done:  # what fails once in a while must not fail an action of many pages
+                tries, done = 0, action.done
             leave: ExitReason | None = None
             try:
                 leave = self.vcpus[vcpu].run(action)
@@ -136,6 +141,11 @@ class Player:
                     continue
                 if self.vm.vm.dead:
                     raise Died(self.vm.vm.dead_because)
+                if isinstance(leave, GuestException):
+                    self.excepted(leave)
+                    tries += 1
+                    assert tries < TRIES, f"{type(action).__name__} fails for ever in the guest"
+                    continue
                 passing = isinstance(leave, MemoryFault | Shutdown) and leave.errno in self.passing
                 assert passing, f"{type(action).__name__} of {len(array_of(action.gfns))} pages ends in {leave}"
                 assert isinstance(leave, MemoryFault | Shutdown)
@@ -143,20 +153,24 @@ class Player:
                 tries += 1
             assert tries < TRIES, f"{type(action).__name__} fails for ever, though what made it fail went by"
 
+    def excepted(self, exception: GuestException) -> None:
+        """The guest hears of something that it cannot mend: here nothing may come to that."""
+        raise AssertionError(f"the guest ends in {exception}")
+
     # ---- what a VMM does --------------------------------------------------------------------------------------
 
     def add_slot(self) -> None:
         """The memslot, with a new guest_memfd where the VM type has private memory there."""
         size, flags = self.npages * PAGE_BYTES, 0
         if self.caps.private_by_attribute and self.fd < 0:
-            self.fd = self._until_it_works(lambda: self.vm.create_guest_memfd(size))
+            self.fd = self.until_it_works(lambda: self.vm.create_guest_memfd(size))
         if self.fd >= 0:
             flags = KVM_MEM_GUEST_MEMFD
-        self._until_it_works(lambda: self.vm.set_user_memory_region2(0, flags, 0, size, self.hva, self.fd, 0))
+        self.until_it_works(lambda: self.vm.set_user_memory_region2(0, flags, 0, size, self.hva, self.fd, 0))
 
     def delete_slot(self) -> None:
         """The memslot goes; attributes and memory stay."""
-        self._until_it_works(lambda: self.vm.set_user_memory_region2(0, 0, 0, 0))
+        self.until_it_works(lambda: self.vm.set_user_memory_region2(0, 0, 0, 0))
         if self.caps.zap_destroys_content:
             self._forget(gfn for gfn in range(self.npages) if gfn not in self.as_shared)
 
@@ -164,27 +178,27 @@ class Player:
         """KVM_SET_MEMORY_ATTRIBUTES."""
         value = KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0
         start, size = gfns.start * PAGE_BYTES, len(gfns) * PAGE_BYTES
-        self._until_it_works(lambda: self.vm.set_memory_attributes(start, size, value))
+        self.until_it_works(lambda: self.vm.set_memory_attributes(start, size, value))
 
     def load(self, gfn: int, image: list[bytes], kind: str = "normal") -> None:
         """Image pages; the guest finds them accepted."""
         loaded = 0
         while loaded < len(image):
             at, rest = (gfn + loaded) * PAGE_BYTES, image[loaded:]
-            loaded += self._until_it_works(lambda at=at, rest=rest: self.vm.launch_update(at, rest, kind))  # type: ignore[misc]
+            loaded += self.until_it_works(lambda at=at, rest=rest: self.vm.launch_update(at, rest, kind))  # type: ignore[misc]
         for i, content in enumerate(image):
             self.private[gfn + i] = self.host.memory.intern(content)
             self.accepted.add(gfn + i)
 
     def finish_launch(self) -> None:
         """The image is complete: the guest can run."""
-        self._until_it_works(self.vm.launch_finish)
+        self.until_it_works(self.vm.launch_finish)
         self.launched = True
 
     def punch(self, gfns: range) -> None:
         """Holes in the guest_memfd: what was private there is gone."""
         mode, start, size = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, gfns.start * PAGE_BYTES, len(gfns) * PAGE_BYTES
-        self._until_it_works(lambda: self.process.fallocate(self.fd, mode, start, size))
+        self.until_it_works(lambda: self.process.fallocate(self.fd, mode, start, size))
         for gfn in gfns:
             self.private.pop(gfn, None)
             self.accepted.discard(gfn)
@@ -192,11 +206,20 @@ class Player:
     def discard(self, gfns: range) -> None:
         """The VMM gives its own memory back (madvise)."""
         hva = self.hva + gfns.start * PAGE_BYTES
-        self._until_it_works(lambda: self.process.madvise_dontneed(hva, len(gfns) * PAGE_BYTES))
+        self.until_it_works(lambda: self.process.madvise_dontneed(hva, len(gfns) * PAGE_BYTES))
         if not self.caps.honours_notifiers:
             return
         for gfn in gfns:
             self.shared.pop(gfn, None)
+
+    def log_dirty(self, on: bool) -> None:
+        """KVM_MEM_LOG_DIRTY_PAGES of the memslot, which has no guest_memfd."""
+        flags, size = KVM_MEM_LOG_DIRTY_PAGES if on else 0, self.npages * PAGE_BYTES
+        self.until_it_works(lambda: self.vm.set_user_memory_region2(0, flags, 0, size, self.hva, -1, 0))
+
+    def recover(self) -> None:
+        """A pass of the recovery thread that the policy `merge` may have."""
+        self.until_it_works(self.vm.vm.recover_huge_pages)
 
     def host_write(self, gfns: range) -> HostVerdict:
         """The VMM writes to pages that the guest shares."""

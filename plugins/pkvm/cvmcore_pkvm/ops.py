@@ -490,7 +490,11 @@ class Pkvm:
         """pkvm_pgtable_stage2_relax_perms, on the vCPU that faulted."""
         steps = vm.host.hw.relax_perms.steps(vcpu.arch.cpu, batch.gfns, Prot.RWX)
         result = yield from self._hcall(vm.host, "__pkvm_host_relax_perms_guest", steps, len(batch))
-        return None if result.ok else Stopped(result.done, Retry())
+        if result.ok:
+            return None
+        again = result.status == Errno.EAGAIN  # the only errno that user_mem_abort swallows
+        why = f"EL2 does not relax a leaf: {result.status.name}"
+        return Stopped(result.done, Retry() if again else Fatal(-result.status, why))
 
     @hookimpl
     def flush_remote_tlbs(self, vm: VmView) -> Steps[bool]:

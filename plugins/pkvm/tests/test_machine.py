@@ -15,7 +15,9 @@ from cvmcore.host import Host
 from cvmcore.pages import run
 from cvmcore.runner import load_profile_for
 from cvmcore.sched import Lockdep, Timed
+from cvmcore.testing.conformance import Bench, Setting
 from cvmcore.testing.invariants import Checker
+from cvmcore.testing.player import Player
 from cvmcore.types import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, PAGE_BYTES, HostMode, HostVerdict
 from cvmcore.vcpu import Convert, Touch
 from cvmcore_pkvm.ops import PKVM
@@ -320,3 +322,18 @@ def test_no_frame_is_free_that_stage_2_still_maps_when_the_vmm_exits(protected):
     freed = [leaves for what, leaves in unmapped if what in ("free", "orphan")]
     assert freed[0] == (20 if protected == "yes" else 0)  # pinned: it lives on until EL2 has given it back
     world.checker.check_idle()
+
+
+def test_no_vcpu_keeps_a_translation_of_a_block_that_gives_way_to_pages() -> None:
+    """Dirty logging maps small pages where a block of the record is in the way: EL2 takes it back, and invalidates."""
+    bench = Bench(PKVM, Setting("2m", (("protected", "no"),)))
+    player = Player(bench.host(), 520)
+    player.write(range(520))
+    player.log_dirty(True)
+
+    player.read(range(100, 103), vcpu=0)
+    player.write(range(210, 211), vcpu=1)
+
+    player.check()
+    player.exit()
+    bench.done(player.host)

@@ -130,7 +130,7 @@ def sev_gmem_post_populate(vm: VmView, batch: Batch, contents: list[bytes], kind
     pfns, gfns = part(batch.pfns, 0, n), part(batch.gfns, 0, n)
     old = take(host.memory.stamp, pfns).copy(), take(host.memory.key, pfns).copy()
     host.memory.write(pfns, np.array([host.memory.intern(page) for page in contents[:n]], np.uint32), 0)
-    updated = hw.rmp.rmpupdate(pfns, gfns, assigned=True, asid=arch.asid, immutable=True).done
+    updated = rmpupdate(host, pfns, gfns, counted=False, assigned=True, asid=arch.asid, immutable=True)
     command = yield from hw.psp.snp_launch_update.steps(arch.gctx_pfn, part(pfns, 0, updated), PAGE_TYPES[kind])
     done = command.done
     host.meter.charge("host_copy_4k", min(done + 1, n) if kind != "zero" else 0)
@@ -441,8 +441,7 @@ def sev_receive_update_data(vm: VmView, arguments: dict[str, Any]) -> Steps[dict
     return {}
 
 
-def _goes(vm: VmView, name: str) -> Steps[dict[str, Any]]:
-    steps = getattr(vm.host.hw.psp, name.lower()).steps(vm.arch.handle)
+def _goes(vm: VmView, name: str, steps: Steps[SevStatus]) -> Steps[dict[str, Any]]:
     status = yield from sev_issue_cmd(vm.host, name, steps)
     if status:
         raise UapiError(errno.EIO, f"KVM_SEV_{name}", f"firmware: {status.name}")
@@ -451,15 +450,15 @@ def _goes(vm: VmView, name: str) -> Steps[dict[str, Any]]:
 
 
 def sev_send_finish(vm: VmView, arguments: dict[str, Any]) -> Steps[dict[str, Any]]:
-    return (yield from _goes(vm, "SEND_FINISH"))
+    return (yield from _goes(vm, "SEND_FINISH", vm.host.hw.psp.send_finish.steps(vm.arch.handle)))
 
 
 def sev_send_cancel(vm: VmView, arguments: dict[str, Any]) -> Steps[dict[str, Any]]:
-    return (yield from _goes(vm, "SEND_CANCEL"))
+    return (yield from _goes(vm, "SEND_CANCEL", vm.host.hw.psp.send_cancel.steps(vm.arch.handle)))
 
 
 def sev_receive_finish(vm: VmView, arguments: dict[str, Any]) -> Steps[dict[str, Any]]:
-    return (yield from _goes(vm, "RECEIVE_FINISH"))
+    return (yield from _goes(vm, "RECEIVE_FINISH", vm.host.hw.psp.receive_finish.steps(vm.arch.handle)))
 
 
 def sev_launch_finish(vm: VmView, arguments: dict[str, Any]) -> Steps[dict[str, Any]]:

@@ -141,15 +141,18 @@ def sev_issue_cmd(host: HostView, name: str, command: Steps[Any], item: str = "p
     return (yield from command)
 
 
-def rmpupdate(host: HostView, pfns: Sel, gfns: Sel | int = 0, *, level: int = PG_LEVEL_4K, **fields: Any) -> int:
+def rmpupdate(
+    host: HostView, pfns: Sel, gfns: Sel | int = 0, *, level: int = PG_LEVEL_4K, counted: bool = True, **fields: Any
+) -> int:
     """RMPUPDATE: how many pages were updated. On FAIL_OVERLAP, which the firmware's locks may cause, the kernel spins;
-    where it would do so for ever that is a bug, and reported."""
+    where it would do so for ever that is a bug, and reported. counted: else the caller counts and charges the calls."""
     done, n, spins = 0, count(pfns), 0
     while done < n:
         some = gfns if isinstance(gfns, int) else part(gfns, done, n)
         result = host.hw.rmp.rmpupdate(part(pfns, done, n), some, level=level, **fields)
         tried = min(result.done + 1, n - done)
-        host.meter.op("RMPUPDATE", "rmpupdate_2m" if level == PG_LEVEL_2M else "rmpupdate_4k", tried)
+        if counted:
+            host.meter.op("RMPUPDATE", "rmpupdate_2m" if level == PG_LEVEL_2M else "rmpupdate_4k", tried)
         done += result.done
         if result.status != RmpStatus.FAIL_OVERLAP:
             break

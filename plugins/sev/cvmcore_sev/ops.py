@@ -42,6 +42,7 @@ from cvmcore.types import (
     Capabilities,
     Change,
     ConvertResult,
+    Done,
     Exit,
     Fatal,
     HostMode,
@@ -110,6 +111,9 @@ _GUEST_STOPS: Final = (
 """Where a guest that validates pages in order does something else first: it panics, or it goes on in 4K."""
 _PVALIDATE_FAULTS: Final = (RmpStatus.NPF_RMP, RmpStatus.NPF_SIZEM)
 """Where PVALIDATE does not end: KVM hears of it, and the guest tries again."""
+_PVALIDATE_GOES_ON: Final = (RmpStatus.OK, *_PVALIDATE_FAULTS)
+_RESCIND_STOPS: Final = (*_PVALIDATE_FAULTS, RmpStatus.FAIL_INPUT, RmpStatus.FAIL_PERMISSION)
+"""Where a guest that rescinds pages in order does not go on; in 4K a wrong size is another."""
 
 
 def _lookup(table: dict[RmpStatus, Walk]) -> npt.NDArray[np.uint8]:
@@ -132,6 +136,16 @@ def _access(answer: Answer, lookup: npt.NDArray[np.uint8], pfns: Sel) -> Access:
 def _leading(holds: npt.NDArray[np.bool_]) -> int:
     """How many of the first elements hold."""
     return len(holds) if np.count_nonzero(holds) == len(holds) else int(np.argmin(holds))
+
+
+def _before_stop(answer: Answer, n: int, small: bool = False) -> tuple[int, int]:
+    """How many of n pages were rescinded before one that stops the guest, and the status that does (OK: none)."""
+    codes = np.full(n, answer, np.uint8) if isinstance(answer, int) else answer
+    if not np.count_nonzero(codes):
+        return n, RmpStatus.OK
+    stops = np.isin(codes, _RESCIND_STOPS) | (small & (codes == RmpStatus.FAIL_SIZEMISMATCH))
+    done = _leading(~stops)
+    return done, int(codes[done]) if done < n else RmpStatus.OK
 
 
 def _all(levels: int | npt.NDArray[np.uint8], level: int) -> bool:
@@ -582,9 +596,9 @@ class AmdSev:
         vm.host.meter.charge("psc_entry", entries)
         return Exit(count(gfns), exits)
 
-    def _rescind(self, vm: VmView, gfns: Sel, begun: int) -> Refault | Mismatch | None:
+    def _rescind(self, vm: VmView, gfns: Sel, begun: int) -> Refault | Mismatch | Done | None:
         """PVALIDATE(0) of all but the `begun` first pages, in order. Where one is not mapped, or faults in the RMP, the
-        guest goes on from there once that is mended."""
+        guest goes on from there once that is mended; where the instruction fails it ends (sev_es_terminate)."""
         rest = part(gfns, begun, count(gfns))
         n = count(rest)
         status, pfns, _ = vm.walk(rest, True)
@@ -593,63 +607,62 @@ class AmdSev:
         else:
             mapped = _leading(status == Walk.OK)
             missing = _leading(status[mapped:] != Walk.OK)
-        done = self._rescind_mapped(vm, part(rest, 0, mapped), part(pfns, 0, mapped))
+        done, stops = self._rescind_mapped(vm, part(rest, 0, mapped), part(pfns, 0, mapped))
         begun += done
-        if done < mapped:
-            return Mismatch(first(part(rest, done, n)), begun)
+        if stops:
+            return Mismatch(first(part(rest, done, n)), begun) if stops in _PVALIDATE_FAULTS else Done(0)
         if missing:
             return Refault(first(part(rest, mapped, n)), pages=missing, begun=begun)
         return None
 
-    def _rescind_mapped(self, vm: VmView, gfns: Sel, pfns: Sel) -> int:
-        """4K pages before whole 2M blocks, the blocks, 4K pages behind. Returns how many before one that faults."""
+    def _rescind_mapped(self, vm: VmView, gfns: Sel, pfns: Sel) -> tuple[int, int]:
+        """4K pages before whole 2M blocks, the blocks, 4K pages behind. Returns how many before one that stops the
+        guest, and the status that does; OK where none does."""
         n = count(gfns)
         large, _ = split_2m(gfns)
         if not count(large):
             return self._rescind_4k(vm, gfns, pfns)
         low, high = first(large) - first(gfns), last(large) + PAGES_2M - first(gfns)
-        done = self._rescind_4k(vm, part(gfns, 0, low), part(pfns, 0, low))
-        if done == low:
-            done += self._rescind_2m(vm, large, part(gfns, low, high), part(pfns, low, high))
-        if done == high:
-            done += self._rescind_4k(vm, part(gfns, high, n), part(pfns, high, n))
-        return done
+        done, stops = self._rescind_4k(vm, part(gfns, 0, low), part(pfns, 0, low))
+        if not stops:
+            more, stops = self._rescind_2m(vm, large, part(gfns, low, high), part(pfns, low, high))
+            done += more
+        if not stops:
+            more, stops = self._rescind_4k(vm, part(gfns, high, n), part(pfns, high, n))
+            done += more
+        return done, stops
 
-    def _rescind_2m(self, vm: VmView, large: Sel, gfns: Sel, pfns: Sel) -> int:
-        """PVALIDATE(0) of blocks, and in 4K of those that the RMP has as small pages. Returns as `_rescind_4k`."""
+    def _rescind_2m(self, vm: VmView, large: Sel, gfns: Sel, pfns: Sel) -> tuple[int, int]:
+        """PVALIDATE(0) of blocks, and in 4K of those that the RMP has as small pages. Returns as `_rescind_mapped`."""
         frames = contiguous(array_of(pfns)[::PAGES_2M], PAGES_2M)
         answer = vm.host.hw.rmp.pvalidate(
-            frames, large, asid=vm.key, validate=False, level=PG_LEVEL_2M, stop_at=_PVALIDATE_FAULTS
+            frames, large, asid=vm.key, validate=False, level=PG_LEVEL_2M, stop_at=_RESCIND_STOPS
         )
-        done, small = count(large), np.zeros(0, np.int64)
+        done, stops = _before_stop(answer, count(large))
+        vm.host.meter.op("PVALIDATE", "pvalidate_2m", done + (stops not in _PVALIDATE_GOES_ON))
         if not isinstance(answer, int):
-            done = _leading(~np.isin(answer, [*_PVALIDATE_FAULTS, RmpStatus.NOT_REACHED]))
             fallen = np.flatnonzero(answer[:done] == RmpStatus.FAIL_SIZEMISMATCH)
             small = array_of(expand(contiguous(fallen << 9, PAGES_2M), 9))
-        elif answer in _PVALIDATE_FAULTS:
-            done = 0
-        vm.host.meter.op("PVALIDATE", "pvalidate_2m", done)
-        if len(small):
-            fine = self._rescind_4k(vm, contiguous(array_of(gfns)[small]), contiguous(array_of(pfns)[small]))
-            if fine < len(small):
-                return int(small[fine])
-        return done << 9
+            if len(small):
+                some = contiguous(array_of(gfns)[small]), contiguous(array_of(pfns)[small])
+                fine, stops_in_4k = self._rescind_4k(vm, *some)
+                if stops_in_4k:
+                    return int(small[fine]), stops_in_4k
+        return done << 9, stops
 
-    def _rescind_4k(self, vm: VmView, gfns: Sel, pfns: Sel) -> int:
-        """PVALIDATE(0) in 4K. Returns how many pages before one that faults.
+    def _rescind_4k(self, vm: VmView, gfns: Sel, pfns: Sel) -> tuple[int, int]:
+        """PVALIDATE(0) in 4K. Returns as `_rescind_mapped`.
 
         NO_CHANGE is fine here: a page that was not validated is as shared as it can be.
         """
         n = count(gfns)
         if not n:
-            return 0
-        answer = vm.host.hw.rmp.pvalidate(pfns, gfns, asid=vm.key, validate=False, stop_at=_PVALIDATE_FAULTS)
-        if not isinstance(answer, int):
-            n = _leading(~np.isin(answer, _PVALIDATE_FAULTS))
-        elif answer in _PVALIDATE_FAULTS:
-            n = 0
-        vm.host.meter.op("PVALIDATE", "pvalidate_4k", n)
-        return n
+            return 0, RmpStatus.OK
+        stop_at = (*_RESCIND_STOPS, RmpStatus.FAIL_SIZEMISMATCH)
+        answer = vm.host.hw.rmp.pvalidate(pfns, gfns, asid=vm.key, validate=False, stop_at=stop_at)
+        done, stops = _before_stop(answer, n, small=True)
+        vm.host.meter.op("PVALIDATE", "pvalidate_4k", done + (stops not in _PVALIDATE_GOES_ON))
+        return done, stops
 
     @hookimpl
     def host_access(self, host: HostView, pfns: Sel, write: bool, mode: HostMode) -> HostVerdict:

@@ -620,25 +620,33 @@ class Tdx:
         return failed
 
     def _track(self, vm: VmView, n: int) -> Steps[list[int]]:
-        """n times TRACK, and each time kick all vCPUs (tdx_track). Not before the TD can run. Returns the positions
-        where it failed, which is a bug.
+        """n times TRACK, and each time kick all vCPUs (tdx_track). Not before the TD can run. Where it is busy, it is
+        tried once more with all vCPUs kept out. Returns the positions where it failed, which is a bug.
 
         After the first kick nobody is inside, and the others can be made in one go.
         """
         state: KvmTdx = vm.arch
+        meter, steps = vm.host.meter, vm.host.hw.tdh_mem_track.steps
         failed: list[int] = []
         at = 0 if state.finalized else n
         while at < n:
             asked = n - at if at else 1
-            steps = vm.host.hw.tdh_mem_track.steps(state.tdr, asked)
-            result = yield from seamcall(vm.host.meter, "TDH.MEM.TRACK", "mem_track", steps, asked)
-            at += result.done
+            result = yield from seamcall(meter, "TDH.MEM.TRACK", "mem_track", steps(state.tdr, asked), asked)
+            done, status = result.done, result.status
+            if is_busy(status):
+                yield state.inside.write
+                vm.kick_all_vcpus()
+                self._charge_kicks(vm, 1)
+                result = yield from seamcall(meter, "TDH.MEM.TRACK", "mem_track", steps(state.tdr))
+                yield state.inside.release
+                done, status = done + result.done, result.status
+            at += done
             yield state.inside.write
             vm.kick_all_vcpus()
             yield state.inside.release
-            self._charge_kicks(vm, max(1, result.done))
-            if result.status and not result.done and code(result.status) != Status.TDX_OPERAND_BUSY:
-                vm.bug(f"TDH.MEM.TRACK: {describe(result.status)}")
+            self._charge_kicks(vm, max(1, done))
+            if status and not done:
+                vm.bug(f"TDH.MEM.TRACK: {describe(status)}")
                 failed.append(at)
                 at += 1
         return failed
@@ -728,6 +736,8 @@ class Tdx:
             result = yield from seamcall(meter, "TDH.MEM.PAGE.PROMOTE", "page_promote", steps)
             status = result.status
         if status:
+            if not is_busy(status) and code(status) != Status.TDX_EPT_INVALID_PROMOTE_CONDITIONS:
+                vm.bug(f"TDH.MEM.PAGE.PROMOTE: {describe(status)}")
             yield from self.unblock_private_spt(vm, page, level)
             return Stopped(0, Retry())
         back = yield from self._write_back(vm, run(table, 1), vm.arch.hkid)
