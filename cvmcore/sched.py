@@ -173,6 +173,8 @@ class Actor:
         self.name = name
         self.steps = steps
         self.time_ns: float = 0
+        self.advanced = 0
+        """How often it went on."""
         self.held = Held(name)
         self.answer: object = None
         self.pending: Effect | None = None
@@ -199,6 +201,7 @@ class _Locks:
         meter, ops = self.host.meter, self.host.ops
         meter.now_ns = actor.time_ns
         ops.actor = actor.name
+        actor.advanced += 1
         try:
             actor.pending = actor.steps.send(actor.answer)
         except StopIteration as stop:
@@ -386,7 +389,7 @@ class Case:
     actors: list[tuple[str, Steps[Any]]]
     check: Callable[[list[Any]], None] = lambda results: None
     step: Callable[[], None] = lambda: None
-    state: Callable[[Sequence[object]], Standing] | None = None
+    state: Callable[[Sequence[Actor]], Standing] | None = None
     again: Callable[[], list[tuple[str, Steps[Any]]]] | None = None
 
 

@@ -4,10 +4,11 @@ put back as it stood."""
 from __future__ import annotations
 
 import gc
+import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from operator import is_, itemgetter
 from types import (
@@ -24,7 +25,7 @@ from types import (
     TracebackType,
     WrapperDescriptorType,
 )
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import attrs
 import numpy as np
@@ -39,15 +40,28 @@ ELEMENTS = 1 << 13
 """Of an array so many elements are looked at: keep gfns and frames below that."""
 
 _UNSEEN = frozenset({
-    "_log", "backend", "calls", "caps", "checks", "contract", "drive", "exits", "faults", "generation", "in_use",
-    "kicks", "meter", "ops", "options", "peak", "policies", "profile", "retries", "time_ns", "watch",
+    "_log", "advanced", "backend", "calls", "caps", "checks", "contract", "drive", "exits", "faults", "generation",
+    "in_use", "kicks", "meter", "ops", "options", "peak", "policies", "profile", "retries", "time_ns", "watch",
 })  # fmt: skip
 """Attributes that decide nothing: counters, the clock, observers, the driver; and choices that never change."""
 _BLANK = (Ops, Hook, Meter, Profile, ModuleType, CodeType, FrameType, TracebackType)
 """Objects that are passed over for the same reasons, wherever they are met."""
 
+T = TypeVar("T")
 Parts: TypeAlias = Callable[[Any], tuple[object, ...]]
 """What an object is made of: plain values, and objects to be looked into in their turn."""
+
+
+class PerType(dict[type, T]):
+    """What is found out about a type when it is first asked for, but for what is known from the start."""
+
+    def __init__(self, find: Callable[[type], T], known: Mapping[type, T] | None = None) -> None:
+        super().__init__(known or {})
+        self.find = find
+
+    def __missing__(self, kind: type) -> T:
+        found = self[kind] = self.find(kind)
+        return found
 
 
 def fingerprint(*objects: object, elements: int = ELEMENTS) -> int:
@@ -74,13 +88,16 @@ class Fingerprint:
         self.first = first
         self.keep: list[object] = []
         """What was met, in order: none of it may make room for another object of its id."""
+        self.held: set[int] = set()
+        """What of it can change, by id."""
         self.again: list[int] = []
         """Numbers of what was met again."""
         self._found: list[Any] = []
 
     def take(self, *objects: object) -> int:
         """The hash of all that was taken so far, and these."""
-        found, met, keep, again, kinds, first = self._found, self.met, self.keep, self.again, _KINDS, self.first
+        found, met, keep, again, held = self._found, self.met, self.keep, self.again, self.held
+        base, first, kinds = self.base, self.first, _KINDS
         stack: list[object] = list(objects)
         while stack:
             item = stack.pop()
@@ -92,20 +109,22 @@ class Fingerprint:
                 continue
             kind = type(item)
             keep.append(item)
-            if not self.base or kind is Lock or not _is_value(kind) or kind.__setattr__ is _FROZEN:
+            if not (base and _IS_VALUE[kind]):
+                met[key] = first + len(keep)
+                held.add(key)
+            elif _IS_ONE[kind]:
                 met[key] = first + len(keep)
             if kind is np.ndarray:
                 self._look(item, stack)  # type: ignore[arg-type]
                 continue
-            parts = kinds.get(kind)
-            if parts is None:
-                parts = kinds[kind] = _parts_of(kind)
-            _spread(parts(item), found, stack)
+            _spread(kinds[kind](item), found, stack)
         return hash(tuple(found))
 
     def _look(self, array: npt.NDArray[Any], stack: list[object]) -> None:
         """What is in an array; in a view of one of the baseline, it is that one's."""
         whole = array.base
+        if not array.size:
+            self.held.discard(id(array))
         if self.base and type(whole) is np.ndarray:
             at = self.met.get(id(whole), self.base)
             if at < self.base:
@@ -207,10 +226,10 @@ def _of_slots(kind: type) -> Parts:
 _PLAIN: frozenset[type] = frozenset({int, float, str, bytes, bool, type(None), range})
 _PASSED = frozenset({FrameType, CodeType})
 """What the collector tells of a generator besides."""
-_LIVE: tuple[type, ...] = (
+_LIVE: frozenset[type] = frozenset({
     type(iter({})), type(iter({}.values())), type(iter({}.items())), type(iter(set())), type(reversed({})),
     type(reversed({}.values())), type(reversed({}.items())),
-)  # fmt: skip
+})  # fmt: skip
 """Iterators that tell what is left of what they go through, and not what that is."""
 _ITERATORS: tuple[type, ...] = (
     type(iter([])), type(iter(())), type(iter(range(0))), type(iter("")), type(iter(b"")), enumerate, zip, map,
@@ -242,17 +261,6 @@ def _of_builtin(item: Any) -> tuple[object, ...]:
     return item.__qualname__, item.__self__
 
 
-_KINDS: dict[type, Parts] = {
-    **dict.fromkeys(_PLAIN, _of_plain), slice: lambda item: (item.start, item.stop, item.step), dict: _of_dict,
-    list: _of_sequence, tuple: _of_sequence, deque: _of_sequence, set: _of_set, frozenset: _of_set,
-    FunctionType: _of_function, MethodType: lambda item: (item.__func__, item.__self__),
-    CellType: lambda item: tuple(gc.get_referents(item)), GeneratorType: _of_generator, object: _of_nothing,
-    BuiltinFunctionType: _of_builtin, MethodWrapperType: _of_builtin, MethodDescriptorType: _of_name,
-    WrapperDescriptorType: _of_name, partial: lambda item: (item.func, item.args, item.keywords),
-}  # fmt: skip
-"""What each type is made of; others are found out when they are first met."""
-
-
 def _parts_of(kind: type) -> Parts:
     """What an object of this type is made of. An iterator tells how it can be made again, and so where it stands."""
     if issubclass(kind, _BLANK):
@@ -271,21 +279,27 @@ def _parts_of(kind: type) -> Parts:
     return _of_nothing if kind.__module__ == "_hashlib" else _of_unknown
 
 
+_KINDS = PerType[Parts](_parts_of, {
+    **dict.fromkeys(_PLAIN, _of_plain), slice: lambda item: (item.start, item.stop, item.step), dict: _of_dict,
+    list: _of_sequence, tuple: _of_sequence, deque: _of_sequence, set: _of_set, frozenset: _of_set,
+    FunctionType: _of_function, MethodType: lambda item: (item.__func__, item.__self__),
+    CellType: lambda item: tuple(gc.get_referents(item)), GeneratorType: _of_generator, object: _of_nothing,
+    BuiltinFunctionType: _of_builtin, MethodWrapperType: _of_builtin, MethodDescriptorType: _of_name,
+    WrapperDescriptorType: _of_name, partial: lambda item: (item.func, item.args, item.keywords),
+})  # fmt: skip
+"""What each type is made of; others are found out when they are first met."""
+
+
 # ---- by what it differs -----------------------------------------------------------------------------------------
 
 _VALUES = (
     tuple, frozenset, slice, FunctionType, MethodType, BuiltinFunctionType, MethodWrapperType,
     MethodDescriptorType, WrapperDescriptorType, type, Lock, Effect, Enum, np.generic, *_BLANK, *_PLAIN,
 )  # fmt: skip
-_IS_VALUE: dict[type, bool] = {object: True}
-
-
-def _is_value(kind: type) -> bool:
-    """Whether what is of this type never changes, so that two who have it have nothing in common but what it holds."""
-    known = _IS_VALUE.get(kind)
-    if known is None:
-        known = _IS_VALUE[kind] = issubclass(kind, _VALUES) or kind.__setattr__ is _FROZEN
-    return known
+_IS_VALUE = PerType[bool](lambda kind: issubclass(kind, _VALUES) or kind is object or kind.__setattr__ is _FROZEN)
+"""Whether what is of a type never changes, so that two who have it have nothing in common but what it holds."""
+_IS_ONE = PerType[bool](lambda kind: issubclass(kind, Lock) or kind.__setattr__ is _FROZEN)
+"""Whether values of a type that look alike are told apart nevertheless."""
 
 
 def _same(one: object, other: object) -> bool:
@@ -300,7 +314,30 @@ def _same(one: object, other: object) -> bool:
 
 
 _OWN = 1 << 40
-"""Numbers of objects that are one actor's own are not below that."""
+"""Numbers of objects that are one owner's own are not below that."""
+
+
+@cache
+def _of_modules(nr_modules: int) -> tuple[dict[int, int], list[object]]:
+    """Tables and other objects of the loaded modules of this project and its plugins, with negative numbers, and the
+    objects themselves. What a module holds is the same in every case, and nobody's own."""
+    whole = Fingerprint()
+    modules = [module for name, module in sorted(sys.modules.items()) if name.startswith("cvmcore")]
+    held = [one for module in modules for name, one in vars(module).items() if name[:2] != "__"]
+    whole.take(*(one for one in held if type(one) not in _PLAIN))
+    numbered = [item for item in whole.keep if not _IS_VALUE[type(item)]]
+    return {id(item): -1 - i for i, item in enumerate(numbered)}, whole.keep
+
+
+@attrs.frozen(eq=False)
+class _Own:
+    """What an owner had of its own when it was last looked at: what could change it, by id, and all that was met."""
+
+    owner: object
+    moves: int
+    number: int
+    held: set[int]
+    keep: list[object]
 
 
 class Baseline:
@@ -315,43 +352,63 @@ class Baseline:
         whole.take(*objects)
         self.elements = elements
         self._keep = whole.keep
-        self._met: dict[int, int] = {}
+        met: dict[int, int] = {}
         self._arrays: list[tuple[int, npt.NDArray[Any], bytes]] = []
-        self._objects: list[tuple[int, object, Parts, tuple[object, ...]]] = []
         self._last: dict[int, tuple[bytes, bytes]] = {}
+        self._objects: list[tuple[int, object, Parts, tuple[object, ...]]] = []
+        self._instances: list[tuple[int, object, dict[str, Any], int, Any, tuple[object, ...]]] = []
         for item in whole.keep:
-            if _is_value(type(item)) and not isinstance(item, Lock):
+            kind = type(item)
+            if _IS_VALUE[kind] and not isinstance(item, Lock):
                 continue
-            number = self._met[id(item)] = len(self._met)
+            number = met[id(item)] = len(met)
             if isinstance(item, np.ndarray):
                 self._arrays.append((number, item, _raw(item, elements)))
                 if type(item.base) is np.ndarray:  # whoever has a view of it as well has this one's base
-                    self._met.setdefault(id(item.base), number)
+                    met.setdefault(id(item.base), number)
+                continue
+            parts = _KINDS[kind]
+            seen = [name for name in item.__dict__ if name not in _UNSEEN] if parts is _of_instance else []
+            if len(seen) > 1:
+                own = item.__dict__
+                self._instances.append((number, item, own, len(own), itemgetter(*seen), parts(item)))
             else:
-                parts = _KINDS[type(item)]
                 self._objects.append((number, item, parts, parts(item)))
+        self._modules = _of_modules(len(sys.modules))
+        self._base = len(met)
+        self._met = self._modules[0] | met
+        self._owned: dict[int, _Own] = {}
 
-    def now(self, *owners: object) -> tuple[int, list[int], frozenset[int], bool]:
+    def now(self, *owners: object, moves: Sequence[int] = ()) -> tuple[int, list[int], frozenset[int], bool]:
         """Where it stands now, and its owners with it: a fingerprint of what it is; one for each of them, of what is
         its own; which of them (by number) hold on to something that is new in it; whether no two of them hold on to one
         thing that is not in it, so that what one does with its own is nothing to the others. If they do, there is
-        one fingerprint for all together."""
-        base = len(self._met)
+        one fingerprint for all together.
+
+        moves: how often each owner did something. One that did nothing since it was looked at is as it was, if nobody
+        else could reach what it has.
+        """
+        base, owned = self._base, self._owned
         state = Fingerprint(self.elements, self._met.copy(), base, base)
         taken = state.take(*self._changed())
-        own: list[int] = []
         tied: set[int] = set()
-        apart, theirs = True, dict[int, object]()
         for i, owner in enumerate(owners):
+            was = owned.get(i)
+            if was is not None and moves and was.owner is owner and was.moves == moves[i]:
+                continue
             its = Fingerprint(self.elements, state.met.copy(), base, _OWN)
-            own.append(its.take(owner))
-            if any(base <= at < _OWN for at in its.again) or any(type(one) in _LIVE for one in its.keep):
+            number = its.take(owner)
+            if any(base <= at < _OWN for at in its.again) or not _LIVE.isdisjoint(map(type, its.keep)):
                 tied.add(i)
-            held = {id(one): one for one in its.keep if not _is_value(type(one)) and getattr(one, "size", 1) != 0}
-            apart = apart and theirs.keys().isdisjoint(held)
-            theirs |= held
-        if not apart:
-            own = [state.take(*owners)]
+            owned[i] = _Own(owner, moves[i] if moves else 0, number, its.held, its.keep)
+        all_ = [owned[i] for i in range(len(owners))]
+        apart = len(set().union(*(one.held for one in all_))) == sum(len(one.held) for one in all_)
+        own = [one.number for one in all_] if apart else [state.take(*owners)]
+        if apart:
+            for i in tied:
+                del owned[i]
+        else:
+            owned.clear()
         return taken, own, frozenset(tied), apart
 
     def _changed(self) -> list[tuple[object, ...]]:
@@ -364,6 +421,15 @@ class Baseline:
                 if last is None or last[0] != raw:  # else these bytes know their hash
                     last = self._last[number] = raw, raw.rstrip(b"\0")
                 changed.append((number, last[1]))
+        for number, item, own, size, pick, was in self._instances:
+            try:
+                if len(own) == size and all(map(is_, pick(own), was[1:])):
+                    continue
+            except KeyError:
+                pass
+            now = _of_instance(item)
+            if len(now) != len(was) or not all(map(_same, now, was)):
+                changed.append((number, *now))
         for number, item, parts, was in self._objects:
             now = parts(item)
             if len(now) != len(was) or not (all(map(is_, now, was)) or all(map(_same, now, was))):

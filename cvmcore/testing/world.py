@@ -17,7 +17,7 @@ from cvmcore.mem.fault import resolve
 from cvmcore.mem.gmem import GmemInode
 from cvmcore.pages import Sel, run
 from cvmcore.runner import load_profile_for
-from cvmcore.sched import Case, Standing
+from cvmcore.sched import Actor, Case, Standing
 from cvmcore.testing.invariants import Checker
 from cvmcore.testing.reach import Baseline, Kept
 from cvmcore.types import PAGE_BYTES, GuestException, RetPf, Walk
@@ -205,8 +205,8 @@ class World:
             if not self.vm.destroyed:
                 self.checker.check(self.vm, quiet=False)
 
-        def state(own: Sequence[object]) -> Standing:
-            taken, where, tied, apart = baseline.now(*own)
+        def state(own: Sequence[Actor]) -> Standing:
+            taken, where, tied, apart = baseline.now(*own, moves=[actor.advanced for actor in own])
             return Standing(taken, tuple(where), tied, apart)
 
         def start() -> list[tuple[str, Steps[Any]]]:
