@@ -220,5 +220,6 @@ class World:
             self._unlock(name)
         self.checker.resting = False
         kept = Kept(self, check, *actors.values())
-        baseline = Baseline(self, check, *actors.values(), *(hook.fn for hook in self.host.ops.hooks.values()))
+        hooks = [hook.fn for hook in self.host.ops.hooks.values()]
+        baseline = Baseline(self, self.checker.trace, check, *actors.values(), *hooks)
         return Case(self.host, start(), at_end, step, state, again)
