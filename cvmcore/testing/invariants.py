@@ -34,6 +34,7 @@ from cvmcore.host import Host
 from cvmcore.mem.gmem import HUGE, UPTODATE, GmemInode
 from cvmcore.mem.slots import MIXED
 from cvmcore.mem.tdp import FROZEN, TABLE, TOP, Root
+from cvmcore.memory import ZERO
 from cvmcore.observers import observes
 from cvmcore.pages import IntArray, array_of, blocks, contiguous, heads
 from cvmcore.sched import Held, Lockdep
@@ -651,11 +652,20 @@ def reclaimed_once(trace: Trace, event: Event) -> Wrong | None:
 
 def _unreclaimed(trace: Trace) -> Wrong | None:
     use = trace.host.frames.use[: trace.host.frames.top]
-    for guests in (trace.prepared, trace.held_by_tables):
-        wrong = (guests[: len(use)] != 0) > use  # True, and Use.FREE
+    for guests, reused in ((trace.prepared, _NOT_A_FILES), (trace.held_by_tables, _FREE)):
+        held = guests[: len(use)]
+        if not np.count_nonzero(held):
+            continue
+        wrong = (held != 0) & reused.take(use)
         if np.count_nonzero(wrong):
-            return Wrong("a guest's frame is free and was not reclaimed", pfn=int(np.argmax(wrong)))
+            pfn = int(np.argmax(wrong))
+            states: dict[str, object] = {"use": Use(int(use[pfn])).name}
+            return Wrong("a guest's frame is free, or another's, and was not reclaimed", pfn=pfn, states=states)
     return None
+
+
+_FREE = np.array([use is Use.FREE for use in Use])
+_NOT_A_FILES = np.array([use not in (Use.GMEM, Use.LEAKED) for use in Use])
 
 
 @_row(17, "a frame is reclaimed once: it is a file's then, or listed as leaked", GMEM, When.EVENT)
@@ -706,6 +716,24 @@ def leaves_are_prepared(trace: Trace, event: Event) -> Wrong | None:
     gfn = array_of(heads(blocks(event.gfns, order_of(event.level)), order_of(event.level)))
     pfn = State(vm).backing(gfn, np.ones(len(gfn), bool))  # 0: taken away by now, or its file closed
     return _first((trace.prepared[pfn] == 0) & (pfn != 0), "a private leaf was not prepared", gfn, pfn)
+
+
+@_row(18, "a page that is new holds nothing where nobody wrote", ALWAYS, When.STEP)
+def new_pages_are_clear(step: Step) -> Wrong | None:
+    if step.call not in GUEST_CALLS or step.call == "write":
+        return None
+    for store in step.after.stores:
+        before = step.before.store(store.owner)
+        if before is None or before.words is store.words:
+            continue
+        new = (before.words == 0) & (store.words != 0)
+        if isinstance(store.owner, GmemInode):
+            new &= store.words & UPTODATE != 0
+        if np.count_nonzero(new) and (
+            wrong := _first(new & (store.stamps != ZERO), "a new page holds something", pfn=store.words >> np.uint32(5))
+        ):
+            return wrong
+    return None
 
 
 # ---- 19 to 22: what calls change ------------------------------------------------------------------------------
@@ -896,13 +924,30 @@ def mismatch_is_a_memory_fault(step: Step) -> Wrong | None:
     return None
 
 
+@_row(25, "no fault is served that is of another kind than the attribute", PRIVATE, When.STEP)
+def faults_are_of_their_kind(step: Step) -> Wrong | None:
+    if step.before.attribute_calls != step.after.attribute_calls:
+        return None  # it may have been what the fault was then
+    attributes = step.after.attributes
+    for event in step.events:
+        if event.kind != "fault" or event.vm != step.vm.id or "private" not in event.info:
+            continue
+        gfn = pages_of(event)
+        now = np.zeros(len(gfn), bool)
+        now[gfn < len(attributes)] = attributes[gfn[gfn < len(attributes)]] != 0
+        if wrong := _first(now != event.info["private"], "a fault of the wrong kind was served", gfn, private=now):
+            return wrong
+    return None
+
+
 @_row(26, "a memory fault names whole pages: aligned, 4096 bytes, and the kind of the access", PRIVATE, When.STEP)
 def memory_faults_are_whole(step: Step) -> Wrong | None:
     for leave in _exits(step):
         if isinstance(leave, MemoryFault):
             wrong = leave.gpa % PAGE_BYTES or leave.size_bytes != PAGE_BYTES
             wrong = wrong or leave.flags & ~KVM_MEMORY_EXIT_FLAG_PRIVATE
-            if wrong or leave.private != step.arguments.get("private", leave.private):
+            kind = True if step.call == "accept" else step.arguments.get("private", leave.private)
+            if wrong or leave.private != kind:
                 return Wrong("the record of a memory fault is wrong", gfn=leave.gfn, states={"exit": leave})
     return None
 
@@ -1084,6 +1129,20 @@ def one_pin_each(step: Step) -> Wrong | None:
     most = np.where(mapped, np.minimum(was + 1, PG_LEVEL_1G), was)
     wrong = (now > most) | ((was != 0) & (now == 0))
     return _first(wrong, "a mapped page was pinned again, or unpinned", gfn, pfn, was=was, now=now)
+
+
+@_row(32, "pins end with their memslot", PINS, When.STEP)
+def pins_end_with_their_slot(step: Step) -> Wrong | None:
+    gone = [slot for slot_id, slot in step.before.slots.items() if slot_id not in step.after.slots]
+    if not gone or step.vm.caps.memslots_fixed_after_run:
+        return None  # there pins end with the VM
+    leaves = step.before.leaves
+    for base_gfn, npages, *_ in gone:
+        pfn = leaves.pfn[(leaves.gfn >= base_gfn) & (leaves.gfn < base_gfn + npages)]
+        was, now = step.before.pins[pfn], step.after.pins[pfn]
+        if wrong := _first((now >= was) & (was != 0), "a pin outlives its slot", pfn=pfn, was=was, now=now):
+            return wrong
+    return None
 
 
 @_row(32, "locked memory is counted, and stays within RLIMIT_MEMLOCK", PINS, When.QUIET)
