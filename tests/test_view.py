@@ -23,9 +23,10 @@ READ = {
     "is_private": ("attributes",), "backing": ("slots", "backing"), "inodes": ("backing",), "mappings": ("backing",),
     "frames.use": ("use",), "frames.pins": ("pins",), "vm.slots": ("slots",), "vm.gmem_files": ("files",),
     "vm.users": ("files",), "vm.destroyed": ("files",), "vm.vcpus": ("tlbs",), "vm.tdp": ("tables",),
-    "vm.arch": ("trusted",), "vm.id": (), "vm.host": (), "caps": (), "host": (), "vm": (), "frames": (),
+    "vm.arch": ("trusted",), "vm.id": (), "vm.host": (), "caps": (), "host": (), "vm": (), "frames": (), "vm.dead": (),
 }  # fmt: skip
-"""What a row may ask a state for, and the parts that it then reads. Which leaves are private, an attribute may say."""
+"""What a row may ask a state for, and the parts that it then reads. Which leaves are private, an attribute may say. A
+VM that is dead stays so, and less is asked of it."""
 
 
 class Watched:
