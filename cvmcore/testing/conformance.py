@@ -1285,10 +1285,10 @@ def machine(bench: Bench) -> None:
     from cvmcore.testing.machine import run_machine
 
     quick = bench.setting.options
-    examples = (2 if quick else 14) * bench.effort
+    examples = (2 if quick else 16) * bench.effort
     run_machine(
         bench.backend, backing=bench.setting.backing, options=dict(bench.setting.options), examples=examples,
-        steps=30, script=bench.script, shrink=bench.shrink,
+        steps=48, script=bench.script, shrink=bench.shrink,
     )  # fmt: skip
 
 
