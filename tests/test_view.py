@@ -19,7 +19,7 @@ from cvmcore.types import Use
 READ = {
     "roots": ("tables",), "mirror": ("tables",), "external": ("tables",), "mirror_tables": ("tables",),
     "kinds": ("tables",), "direct": ("tables",), "mapped": ("tables",), "reaching": ("tables",),
-    "slots": ("slots",), "slot_of": ("slots",),
+    "slots": ("slots",), "slot_of": ("slots",), "owners": ("tables", "slots"),
     "is_private": ("attributes",), "backing": ("slots", "backing"), "inodes": ("backing",), "mappings": ("backing",),
     "frames.use": ("use",), "frames.pins": ("pins",), "vm.slots": ("slots",), "vm.gmem_files": ("files",),
     "vm.users": ("files",), "vm.destroyed": ("files",), "vm.vcpus": ("tlbs",), "vm.tdp": ("tables",),

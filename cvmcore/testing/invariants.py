@@ -249,14 +249,14 @@ def bindings_match(s: State) -> Wrong | None:
 @_row(3, "every gfn of a leaf lies in a live slot", ALWAYS, When.ANY, "tables slots")
 def leaves_in_slots(s: State) -> Wrong | None:
     leaves = s.mapped
-    return _first(s.slot_of(leaves.gfn) < 0, "a leaf lies in no slot", leaves.gfn, leaves.pfn, level=leaves.level)
+    return _first(s.owners < 0, "a leaf lies in no slot", leaves.gfn, leaves.pfn, level=leaves.level)
 
 
 @_row(3, "no leaf lies in a slot that is on its way out", ALWAYS, When.QUIET, "tables slots")
 def leaves_in_valid_slots(s: State) -> Wrong | None:
     invalid = np.array([slot.invalid for slot in s.slots] + [False])
     leaves = s.mapped
-    return _first(invalid[s.slot_of(leaves.gfn)], "a leaf lies in an INVALID slot", leaves.gfn, leaves.pfn)
+    return _first(invalid[s.owners], "a leaf lies in an INVALID slot", leaves.gfn, leaves.pfn)
 
 
 # ---- 4 to 8: what leaves map ----------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def _of_open_files(s: State) -> Leaves:
     """The leaves, without those of slots whose file is being released: a slot loses its file before its leaves."""
     closed = np.array([slot.has_gmem and slot.gmem is None for slot in s.slots] + [False])
     leaves = s.mapped
-    return leaves.where(~closed[s.slot_of(leaves.gfn)]) if np.count_nonzero(closed) else leaves
+    return leaves.where(~closed[s.owners]) if np.count_nonzero(closed) else leaves
 
 
 @_row(
@@ -290,8 +290,9 @@ def private_from_gmem(s: State) -> Wrong | None:
     gmem_only = np.array([slot.gmem_only for slot in s.slots] + [False])[s.slot_of(leaves.gfn)]
     from_gmem = s.frames.use[leaves.pfn] == Use.GMEM.value
     wrong = (leaves.private | gmem_only) & ~from_gmem
-    wrong |= leaves.private & (s.backing(leaves.gfn, leaves.private) != leaves.pfn)
-    wrong |= ~leaves.private & ~gmem_only & (s.backing(leaves.gfn, ~leaves.private) == leaves.pfn)
+    theirs = s.backing(leaves.gfn, np.ones(len(leaves), bool)) == leaves.pfn
+    wrong |= leaves.private & ~theirs
+    wrong |= ~leaves.private & ~gmem_only & theirs
     return _first(
         wrong, "a leaf of the wrong backing", leaves.gfn, leaves.pfn, private=leaves.private, from_gmem=from_gmem
     )
@@ -695,7 +696,7 @@ def taken_back_once(trace: Trace, event: Event) -> Wrong | None:
 )  # fmt: skip
 def leaves_are_defined(s: State) -> Wrong | None:
     leaves = s.mapped
-    owner = s.slot_of(leaves.gfn)
+    owner = s.owners
     for i, slot in enumerate(s.slots):
         if slot.gmem is None:
             continue
@@ -991,7 +992,7 @@ def files_hold_the_vm(s: State) -> Wrong | None:
         if slot.gmem is not None and slot.gmem not in vm.gmem_files:
             return Wrong(f"slot {slot.id} names a released file", gfn=slot.base_gfn)
     leaves = s.mapped
-    reached = closed[s.slot_of(leaves.gfn)] & (s.frames.use[leaves.pfn] == Use.GMEM.value)
+    reached = closed[s.owners] & (s.frames.use[leaves.pfn] == Use.GMEM.value)
     return _first(reached, "a leaf reaches a released file", leaves.gfn, leaves.pfn)
 
 

@@ -125,7 +125,7 @@ SIZES = (1, 64, 256, 512, 700, 1024)
 F = TypeVar("F", bound="Callable[..., None]")
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class Action:
     """A method that the machine may call: `when` says whether this VM has it, `choices` the values of each argument,
     simplest first."""
@@ -265,6 +265,13 @@ def _prices(backend: Backend) -> Profile:
     return load_profile_for(backend, None)
 
 
+@cache
+def _actions_of(machine: type) -> list[Action]:
+    """The actions of a class, by name."""
+    members = [getattr(machine, name) for name in dir(machine)]
+    return [member.action for member in members if isinstance(getattr(member, "action", None), Action)]
+
+
 class UapiMachine(RuleBasedStateMachine):
     """The actions; `uapi_machine` binds them to a backend."""
 
@@ -324,9 +331,8 @@ class UapiMachine(RuleBasedStateMachine):
             self.create_slot(0, 0, FIRST, 0, False, 0, 0)
         self.vcpus = [self.fd.create_vcpu(i) for i in range(2)]
         self.fd.launch_finish()
-        members = [getattr(type(self), name) for name in dir(type(self))]
-        mine = [member.action for member in members if hasattr(member, "action") and member.action.when(self)]
-        self.actions: list[Action] = [one for one in mine for _ in range(1 if one.seldom else 4)]
+        mine = [one for one in _actions_of(type(self)) if one.when(self)]
+        self.actions = [one for one in mine for _ in range(1 if one.seldom else 4)]
         self.swarm = self.actions
 
     # ---- what hypothesis draws ------------------------------------------------------------------------------------

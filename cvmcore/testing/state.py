@@ -213,12 +213,21 @@ class State:
         """Memslots of address space 0 by gfn."""
         return [slot for slot in self.vm.slots if slot.as_id == 0]
 
+    @cached_property
+    def bounds(self) -> tuple[IntArray, IntArray]:
+        """First gfn of each of them, and the first behind it."""
+        return np.array([slot.base_gfn for slot in self.slots]), np.array([slot.end_gfn for slot in self.slots])
+
+    @cached_property
+    def owners(self) -> IntArray:
+        """Position in `slots` of the slot that holds each leaf of `mapped`, -1 where none does."""
+        return self.slot_of(self.mapped.gfn)
+
     def slot_of(self, gfn: IntArray) -> IntArray:
         """Position in `slots` of the slot that holds each gfn, -1 where none does."""
         if not self.slots:
             return np.full(len(gfn), -1)
-        bases = np.array([slot.base_gfn for slot in self.slots])
-        ends = np.array([slot.end_gfn for slot in self.slots])
+        bases, ends = self.bounds
         at = np.searchsorted(bases, gfn, "right") - 1
         return np.where((at >= 0) & (gfn < ends[at]), at, -1)
 
@@ -363,7 +372,8 @@ PARTS: dict[str, Callable[[Vm], tuple[object, ...]]] = {
 _MADE_OF: dict[tuple[str, ...], tuple[str, ...]] = {
     ("tables",): ("roots", "mirror", "mirror_tables", "kinds"),
     ("tables", "attributes"): ("direct", "mapped", "reaching"),
-    ("slots",): ("slots",),
+    ("slots",): ("slots", "bounds"),
+    ("tables", "slots"): ("owners",),
     ("attributes",): ("attributes",),
     ("backing",): ("inodes", "words"),
     ("use",): ("outstanding",),
