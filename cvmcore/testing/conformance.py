@@ -1285,7 +1285,7 @@ def machine(bench: Bench) -> None:
     from cvmcore.testing.machine import run_machine
 
     quick = bench.setting.options
-    examples = (2 if quick else 16) * bench.effort
+    examples = (4 if quick else 24) * bench.effort
     run_machine(
         bench.backend, backing=bench.setting.backing, options=dict(bench.setting.options), examples=examples,
         steps=48, script=bench.script, shrink=bench.shrink,

@@ -111,7 +111,7 @@ SWARMS = 64
 """Choices of actions that an example makes do with; the first quarter has them all."""
 
 EDGES = (0, 1, 100, 255, 256, 500, 511, 512, 513, 700, 1000, 1023, 1024, 1100, 1535, 1536, 2000, 2047)
-RUNS = [range(start, min(END, start + n)) for n in (1, 1, 2, 3, 13, 64, 300, 512, 600) for start in EDGES]
+RUNS = [range(start, min(END, start + n)) for n in (1, 1, 2, 3, 7, 13, 40, 64, 300, 512, 600) for start in EDGES]
 _chance = random.Random(1)
 SCATTERED = [np.array(sorted(_chance.sample(range(END), 1 + i % 6))) for i in range(len(RUNS))]
 PAGES: list[IntArray] = [np.arange(run.start, run.stop) for run in RUNS] + SCATTERED
@@ -133,8 +133,8 @@ class Action:
     name: str
     when: Callable[[Any], bool]
     choices: dict[str, Sequence[Any]]
-    seldom: bool = False
-    """Whether it comes up a quarter as often as others."""
+    weight: int = 4
+    """How often it comes up, beside others."""
 
     def arguments(self, number: int) -> dict[str, Any]:
         """The arguments that a number stands for: 0 for the first of each."""
@@ -146,12 +146,12 @@ class Action:
 
 
 def action(
-    when: Callable[[Any], bool] = lambda machine: True, /, seldom: bool = False, **choices: Sequence[Any]
+    when: Callable[[Any], bool] = lambda machine: True, /, weight: int = 4, **choices: Sequence[Any]
 ) -> Callable[[F], F]:
     """Marks a method of a `UapiMachine` as an `Action`."""
 
     def mark(method: F) -> F:
-        setattr(method, "action", Action(method.__name__, when, choices, seldom))  # noqa: B010
+        setattr(method, "action", Action(method.__name__, when, choices, weight))  # noqa: B010
         return method
 
     return mark
@@ -332,7 +332,7 @@ class UapiMachine(RuleBasedStateMachine):
         self.vcpus = [self.fd.create_vcpu(i) for i in range(2)]
         self.fd.launch_finish()
         mine = [one for one in _actions_of(type(self)) if one.when(self)]
-        self.actions = [one for one in mine for _ in range(1 if one.seldom else 4)]
+        self.actions = [one for one in mine for _ in range(one.weight)]
         self.swarm = self.actions
 
     # ---- what hypothesis draws ------------------------------------------------------------------------------------
@@ -533,7 +533,7 @@ class UapiMachine(RuleBasedStateMachine):
 
     # ---- guest_memfd --------------------------------------------------------------------------------------------
 
-    @action(lambda self: self.caps.gmem_backed, npages=(256, 512, 700, 1024), flags=(0, 0, 1, 3, 4))
+    @action(lambda self: self.caps.gmem_backed, weight=2, npages=(256, 512, 700, 1024), flags=(0, 0, 1, 3, 4))
     def create_file(self, npages: int, flags: int) -> None:
         """KVM_CREATE_GUEST_MEMFD."""
         known = GUEST_MEMFD_FLAG_MMAP | (GUEST_MEMFD_FLAG_INIT_SHARED if self.caps.gmem_init_shared else 0)
@@ -551,7 +551,7 @@ class UapiMachine(RuleBasedStateMachine):
         files = [file for file in self.files if file.fds]
         return files[pick % len(files)] if files else None
 
-    @action(lambda self: self.caps.gmem_backed, pick=range(4))
+    @action(lambda self: self.caps.gmem_backed, weight=2, pick=range(4))
     def dup(self, pick: int) -> None:
         """dup(2): the file lives until its last descriptor is closed."""
         if (file := self._file(pick)) is not None and len(file.fds) < 3:
@@ -559,7 +559,7 @@ class UapiMachine(RuleBasedStateMachine):
                 step.result = self.process.dup(file.fds[0])
             file.fds.append(step.result)
 
-    @action(lambda self: self.caps.gmem_backed, seldom=True, pick=range(4))
+    @action(lambda self: self.caps.gmem_backed, weight=1, pick=range(4))
     def close(self, pick: int) -> None:
         """close(2): the last one releases the file, and its memory."""
         if self.steps <= 8 or (file := self._file(pick)) is None:
@@ -595,7 +595,7 @@ class UapiMachine(RuleBasedStateMachine):
                 size = len(run) * PAGE_BYTES
                 self.process.fallocate(file.fds[0], FALLOC_FL_KEEP_SIZE, run.start * PAGE_BYTES, size)
 
-    @action(lambda self: self.caps.gmem_backed, seldom=True, pick=range(4), index=EDGES)
+    @action(lambda self: self.caps.gmem_backed, weight=1, pick=range(4), index=EDGES)
     def memory_failure(self, pick: int, index: int) -> None:
         """The hardware loses a page of a guest_memfd."""
         if self.steps <= 8 or (file := self._file(pick)) is None or index >= file.npages:
@@ -724,7 +724,7 @@ class UapiMachine(RuleBasedStateMachine):
         """Ids of the slots that were created with a file."""
         return {slot.id for slot in self.vm.slots if slot.has_gmem}
 
-    @action(seldom=True, slot_id=range(SLOTS))
+    @action(weight=1, slot_id=range(SLOTS))
     def delete_slot(self, slot_id: int) -> None:
         """KVM_SET_USER_MEMORY_REGION2 with size 0."""
         slot = self.slots.get(slot_id)
@@ -743,7 +743,7 @@ class UapiMachine(RuleBasedStateMachine):
         if slot.file is not None:
             self.zap(slot.file, np.flatnonzero(self.private[slot.gfns]) + slot.pgoff)
 
-    @action(lambda self: not self.in_place, slot_id=range(SLOTS), base=BASES)
+    @action(lambda self: not self.in_place, weight=2, slot_id=range(SLOTS), base=BASES)
     def move_slot(self, slot_id: int, base: int) -> None:
         """The same slot at another gpa."""
         slot = self.slots.get(slot_id) if self.steps > 8 else None
@@ -751,7 +751,7 @@ class UapiMachine(RuleBasedStateMachine):
             skew = slot.page - base
             self.create_slot(slot_id, base, slot.npages, skew % END, False, 0, slot.flags)
 
-    @action(lambda self: self.caps.dirty_logging, slot_id=range(SLOTS))
+    @action(lambda self: self.caps.dirty_logging, weight=2, slot_id=range(SLOTS))
     def toggle_dirty_log(self, slot_id: int) -> None:
         """KVM_MEM_LOG_DIRTY_PAGES on or off."""
         slot = self.slots.get(slot_id)
@@ -1070,7 +1070,7 @@ class UapiMachine(RuleBasedStateMachine):
 
     # ---- what must not work, and the end ------------------------------------------------------------------------
 
-    @action(which=range(12))
+    @action(weight=2, which=range(12))
     def misuse(self, which: int) -> None:
         """Calls that are wrong in themselves."""
         page = PAGE_BYTES
@@ -1104,7 +1104,7 @@ class UapiMachine(RuleBasedStateMachine):
             with self.call(name, error, **more):
                 call()
 
-    @action(seldom=True)
+    @action(weight=1)
     def kill(self) -> None:
         """KVM_BUG_ON: from here on every ioctl gives -EIO, and all memory still comes back."""
         if self.steps > 20:
