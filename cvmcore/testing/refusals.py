@@ -183,7 +183,8 @@ class Table:
 
     def refuse_everywhere(self, backend: Backend, row: Refusal) -> int:
         """Try a row at every place of a small VM's story, or a large one's where the small one makes no such call, and
-        with every status; at how many it was."""
+        with every status; at how many it was. Where the call is refused several times in a row, at some places: that it
+        is refused at each is another row's."""
         statuses = self.statuses(row, self._hardware(backend, row.setting))
         bench, npages = Bench(backend, Setting("4k", row.setting.options)), SMALLEST
         counting = row.call.failing(statuses[0])
@@ -192,8 +193,10 @@ class Table:
             bench, npages = Bench(backend, row.setting), BLOCK + 8
             _once(bench, row, counting, npages)
         places = list(range(1, counting.seen + 1))
+        if row.times > 1:
+            places = places[:: -(-len(places) // 6)]
         places *= -(-len(statuses) // len(places))
-        self._at(bench, row, places, statuses, counting.seen, npages, afterwards=8)
+        self._at(bench, row, places, statuses, counting.seen, npages, afterwards=16)
         return len(places)
 
     def _at(

@@ -196,6 +196,6 @@ def test_nothing_is_lost_in_storms(setting: Setting, seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", STORMS, ids=str)
+@pytest.mark.parametrize("setting", [Setting("4k"), SHARED], ids=str)  # a block is 512 hypercalls of the guest
 def test_nothing_is_lost_in_many_storms(setting: Setting) -> None:
     assert sum(TABLE.storm(PKVM, seed, setting=setting, chance=0.1) for seed in range(10, 12)) > 0

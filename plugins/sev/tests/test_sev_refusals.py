@@ -259,4 +259,4 @@ def test_nothing_is_lost_in_storms(backend: Backend, setting: Setting, seed: int
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "setting"), STORMS, ids=named)
 def test_nothing_is_lost_in_many_storms(backend: Backend, setting: Setting) -> None:
-    assert sum(TABLE.storm(backend, seed, setting=setting, chance=0.1) for seed in range(10, 13)) > 0
+    assert sum(TABLE.storm(backend, seed, setting=setting, chance=0.1) for seed in range(10, 12)) > 0
