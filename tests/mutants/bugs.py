@@ -161,7 +161,7 @@ BUGS: tuple[Bug, ...] = (
         "        return stopped", "INIT_MEM_REGION keeps its pinned source pages"),
     Bug("tdx kick forgotten", "tdx", TDX, "            at += done\n            yield state.inside.write\n            vm.kick_all_vcpus()\n",
         "            at += result.done\n            yield state.inside.write\n", "TRACK without the IPI"),
-    Bug("tdx reports a table as a leaf", "tdx", TDX, "np.where(states >= SeptState.NL_BLOCKED, np.uint8(2), np.uint8(1))", "np.where(states >= 99, np.uint8(2), np.uint8(1))",
+    Bug("tdx reports a table as a leaf", "tdx", TDX, "kinds = _KIND_OF[words & np.uint32(31)]", "kinds = np.minimum(_KIND_OF[words & np.uint32(31)], np.uint8(1))",
         "SEPT.RD's level field is not looked at"),
     # ---- pKVM -------------------------------------------------------------------------------------------------------
     Bug("pkvm pin not released at teardown", "pkvm", PKVM, "                    self._unpin(vm, back.pfns)\n", "                    pass\n",
