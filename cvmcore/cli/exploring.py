@@ -90,7 +90,7 @@ def explore(
                 found = sched.seek(make) if seeks else sched.explore(make, interruptions=interruptions)
                 figures = {
                     "schedules": found.schedules, "given_up": found.pruned, "situations": found.situations,
-                    "ends": found.ends, "steps": found.steps,
+                    "ends": found.ends, "steps": found.steps, "steps_foreseen": found.known,
                 }  # fmt: skip
             except Exception as error:
                 if not hasattr(error, "schedule"):

@@ -217,8 +217,11 @@ def _slots_of(kind: type) -> list[str]:
     return [name for name in names if name not in ("__weakref__", "__dict__")]
 
 
+_SLOTS = PerType(_slots_of)
+
+
 def _of_slots(kind: type) -> Parts:
-    names = [name for name in _slots_of(kind) if name not in _UNSEEN]
+    names = [name for name in _SLOTS[kind] if name not in _UNSEEN]
     if any("__dict__" in one.__dict__ for one in kind.__mro__[:-1]):
         return lambda item: (*[getattr(item, name, None) for name in names], *_of_instance(item))
     return lambda item: (kind.__name__, *[getattr(item, name, None) for name in names])
@@ -273,7 +276,7 @@ def _parts_of(kind: type) -> Parts:
     ):  # fmt: skip
         if issubclass(kind, of):
             return parts
-    if _slots_of(kind):
+    if _SLOTS[kind]:
         return _of_slots(kind)
     if any("__dict__" in one.__dict__ for one in kind.__mro__[:-1]):
         return _of_instance
@@ -493,7 +496,7 @@ class Kept:
         elif issubclass(kind, GeneratorType):
             raise ValueError(f"{item.__qualname__} is under way: only a world at rest can be kept")
         else:
-            slots = tuple((name, getattr(item, name)) for name in _slots_of(kind) if hasattr(item, name))
+            slots = tuple((name, getattr(item, name)) for name in _SLOTS[kind] if hasattr(item, name))
             stack += [value for _, value in slots]
             if slots and kind.__setattr__ is not _FROZEN:
                 self._slots.append((item, slots))
