@@ -182,8 +182,8 @@ def callers() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {name: [] for name in HOOKS}
     root = Path(cvmcore.__file__).parent
     machine = [root / f"{name}.py" for name in ("host", "vm", "vcpu", "uapi")]
-    checks = root / "testing" / "invariants.py"  # peeks at the trusted party
-    for path in sorted([*machine, *(root / "mem").rglob("*.py"), checks]):
+    checks = [root / "testing" / f"{name}.py" for name in ("invariants", "state")]  # they peek at the trusted party
+    for path in sorted([*machine, *(root / "mem").rglob("*.py"), *checks]):
         module = ".".join(["cvmcore", *path.relative_to(root).with_suffix("").parts])
         for qualname, function in _functions(ast.parse(path.read_text(encoding="utf-8"))):
             for name in set(_names_passed(function)) & found.keys():
