@@ -20,6 +20,7 @@ import errno
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import attrs
@@ -35,14 +36,14 @@ from cvmcore.observers import Log, observes
 from cvmcore.pages import contiguous
 from cvmcore.runner import load_profile_for
 from cvmcore.sched import Lockdep, explore
-from cvmcore.testing.faults import ANSWERS, BusyLock, Failing, FailingHook, FailingMemory, at_every_place
+from cvmcore.testing.faults import ANSWERS, MEMORY, TRY_LOCK, Failures
 from cvmcore.testing.invariants import ALWAYS, Checker, Needs
-from cvmcore.testing.player import Died, Failed, Player
+from cvmcore.testing.player import Died, Player
 from cvmcore.testing.reach import fingerprint
 from cvmcore.testing.scenarios import scenarios
 from cvmcore.testing.state import peek
+from cvmcore.testing.story import BLOCK, SMALL, Places, Tale, spread
 from cvmcore.types import (
-    KVM_MEM_LOG_DIRTY_PAGES,
     PAGE_BYTES,
     PG_LEVEL_2M,
     PG_LEVEL_4K,
@@ -55,9 +56,6 @@ from cvmcore.types import (
 from cvmcore.uapi import FALLOC_FL_KEEP_SIZE, Process
 from cvmcore.vcpu import Accept, Convert, Touch
 
-SMALL = 24
-"""Pages of a small VM."""
-BLOCK = 512
 SOME = [1, 2, 3, 4, 7, 9, 10, 11, 17, 20]
 """Pages that are neither a run nor far apart."""
 
@@ -67,23 +65,44 @@ SOME = [1, 2, 3, 4, 7, 9, 10, 11, 17, 20]
 
 @attrs.frozen
 class Setting:
-    """How the host and the backend are set: the largest pages of the host, and options of the backend."""
+    """How the host and the backend are set: the largest pages of the host, options of the backend, policies of the core
+    without which some hooks are not called."""
 
     backing: str = "4k"
     options: tuple[tuple[str, str], ...] = ()
+    policies: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        return ",".join([self.backing, *(f"{name}={value}" for name, value in self.options)])
+        return ",".join([self.backing, *(f"{name}={value}" for name, value in self.options + self.policies)])
+
+
+POLICIES: tuple[tuple[tuple[str, str], Callable[[Capabilities], bool]], ...] = (
+    *((("merge", way), lambda caps: caps.promotes) for way in ("scan", "fault", "block")),
+    (("walker", "external"), lambda caps: caps.has_mirror),
+)
+"""Policies of the core, and the capability with which they have hooks called that are not called else."""
 
 
 def settings_of(backend: Backend) -> list[Setting]:
-    """As it is; on large pages; then every other choice of each option, on large pages."""
+    """As it is; on large pages; then every other choice of each option, on large pages; then, in the first of these
+    where a policy makes a difference to the backend, that policy."""
     found = [Setting("4k"), Setting("2m")]
     for option in backend.options:
         for choice in option.choices:
             if choice != option.default:
                 found.append(Setting("2m", ((option.name, choice),)))
+    for policy, matters in POLICIES:
+        for one in [one for one in found if one.backing == "2m" and not one.policies]:
+            if matters(Bench(backend, one).caps):
+                found.append(attrs.evolve(one, policies=(policy,)))
+                break
     return found
+
+
+@lru_cache(maxsize=32)
+def _places(backend: Backend, setting: Setting) -> Places:
+    """All places at which something may fail in a setting: looked for once, as three checks ask."""
+    return Places(Bench(backend, setting))
 
 
 class Bench:
@@ -99,6 +118,11 @@ class Bench:
         self._profile: Profile | None = None
         self.script: list[str] = []
         """UAPI script of the failure, where a check made one."""
+
+    @property
+    def places(self) -> Places:
+        """All places at which something may fail."""
+        return _places(self.backend, self.setting)
 
     @property
     def caps(self) -> Capabilities:
@@ -117,7 +141,8 @@ class Bench:
             self._profile = load_profile_for(self.backend, None)
         host = Host(
             self.backend, self._profile, nr_frames=1 << (14 if self.large else 13), backing=self.setting.backing,
-            options=dict(self.setting.options), observers=[Log(12), *observers], **({"drive": Lockdep()} | more),
+            options=dict(self.setting.options), policies=dict(self.setting.policies), observers=[Log(12), *observers],
+            **({"drive": Lockdep()} | more),
         )  # fmt: skip
         if checked:
             self.checker = Checker.on(host)
@@ -164,6 +189,8 @@ class Check:
     text: str
     needs: Needs
     run: Run
+    policies: bool = False
+    """Looked at under policies of the core, too."""
     once: bool = False
     """Looked at in the default settings only, since options change nothing of it, or since it takes long."""
     hook: str = ""
@@ -174,12 +201,14 @@ CHECKS: list[Check] = []
 """All checks, in the order in which they run: quick ones first."""
 
 
-def check(name: str, needs: Needs = ALWAYS, *, once: bool = False, hook: str = "") -> Callable[[Run], Run]:
+def check(
+    name: str, needs: Needs = ALWAYS, *, policies: bool = False, once: bool = False, hook: str = ""
+) -> Callable[[Run], Run]:
     """Put a function into the table."""
 
     def add(run: Run) -> Run:
         text = (run.__doc__ or "").partition("\n")[0]
-        CHECKS.append(Check(name, text, needs, run, once, hook))
+        CHECKS.append(Check(name, text, needs, run, policies, once, hook))
         return run
 
     return add
@@ -768,22 +797,17 @@ def content_dirty_log(bench: Bench) -> None:
     player = Player(host, n)
     player.convert(range(n), False)
     player.write(range(n))
-    _logging(player, True)
+    player.log_dirty(True)
     for gfns in (SOME, [0], range(5, 12), []):
         player.write(gfns)
         log = np.flatnonzero(player.vm.get_dirty_log(0)).tolist()
         assert set(gfns) <= set(log), f"written and not logged: {sorted(set(gfns) - set(log))[:4]}"
         assert set(log) <= set(gfns), f"logged and not written: {sorted(set(log) - set(gfns))[:4]}"
-    _logging(player, False)
+    player.log_dirty(False)
     player.write(range(n))
     player.check()
     player.exit()
     bench.done(host)
-
-
-def _logging(player: Player, on: bool) -> None:
-    flags = KVM_MEM_LOG_DIRTY_PAGES if on else 0
-    player.vm.set_user_memory_region2(0, flags, 0, player.npages * PAGE_BYTES, player.hva)
 
 
 # ---- large pages ----------------------------------------------------------------------------------------------
@@ -1067,6 +1091,44 @@ def hooks_unknown_command(bench: Bench) -> None:
     bench.done(host)
 
 
+def _large_gmem(caps: Capabilities) -> bool:
+    return caps.gmem_backed and caps.max_private_level > PG_LEVEL_4K
+
+
+CALLED_WITH: dict[str, Callable[[Capabilities], bool]] = {
+    "gmem_prepare": lambda caps: caps.gmem_backed,
+    "gmem_invalidate": lambda caps: caps.gmem_backed,
+    "max_mapping_level": _large_gmem,
+    "pin_pfn": lambda caps: caps.needs_pin,
+    "unpin_pfn": lambda caps: caps.needs_pin,
+    "guest_accept": lambda caps: caps.needs_accept,
+    "after_fault": lambda caps: caps.needs_accept and _large_gmem(caps),
+}
+"""Hooks that the core calls for VM types with a capability only: one of the same vendor may have them for another."""
+KIT_ASKS = frozenset({"read_private_spte"})
+"""Hooks that only the kit calls, after every step: their calls are not counted."""
+
+
+@check("hooks.reached", once=True)
+def hooks_reached(bench: Bench) -> None:
+    """Every hook that is implemented is called in some setting, but for those that a capability rules out."""
+    settings = settings_of(bench.backend)
+    caps = [Bench(bench.backend, setting).caps for setting in settings]
+    missing = {
+        hook for hook in bench.host(checked=False).ops.hooks.keys() - KIT_ASKS
+        if hook not in CALLED_WITH or any(map(CALLED_WITH[hook], caps))
+    }  # fmt: skip
+    for setting in settings:
+        missing -= _places(bench.backend, setting).called
+    for setting in settings:
+        # Some are called only where another one has failed.
+        places = _places(bench.backend, setting)
+        for what in places.count.keys() & ANSWERS.keys() if missing else ():
+            places.fail(what, 1)
+        missing -= places.called
+    assert not missing, f"implemented, and never called: {', '.join(sorted(missing))}"
+
+
 @check("hooks.batch")
 def hooks_batch(bench: Bench) -> None:
     """A batch means the same as its pages one by one: the same operations, prices, content, trusted table, frames."""
@@ -1075,7 +1137,9 @@ def hooks_batch(bench: Bench) -> None:
         for together in (True, False):
             host = bench.host()
             player = Player(host, 40)
+            bench.checker.resting = not together  # what stands at the end is compared
             plan(player, together)
+            bench.checker.resting = False
             player.check()
             vm = player.vm.vm
             root = vm.tdp.root_for(player.two_kinds)
@@ -1154,107 +1218,55 @@ def _plan_punch(player: Player, together: bool) -> None:
 
 # ---- failures -------------------------------------------------------------------------------------------------
 
-FAILS_MOST = 32
-"""Places at which each kind of failure strikes, at most: more than the story has of any hook or of allocations."""
-BUSY_MOST = 8
-"""The same for try-locks, of which there are many (TDX: 168): evenly spread over the story."""
+LARGE_MOST, OTHERS_MOST = 8, 2
+"""Places at which each thing fails that failed everywhere before: on large pages, and in each other setting."""
 
 
-def story(player: Player) -> None:
-    """A guest's life in a few calls: everything that may fail on the way happens in it."""
-    n = player.npages
-    player.write(range(n - 4))
-    player.convert(range(2, 6), False)
-    player.write(range(2, 8))
-    player.convert(range(3, 5), True)
-    player.write(range(n), vcpu=1)
-    if player.fd >= 0:
-        player.punch(range(6, 12))
-    player.discard(range(2, 3))
-    if player.in_place and player.two_kinds:
-        player.shared.pop(2, None)
-    player.write(range(1, n))
-    player.check()
+def _fails_everywhere(bench: Bench, kinds: Iterable[str], *, dies: bool = False, leaks: bool = False) -> None:
+    """Of each kind of place every one fails in turn in the first setting that has it; in the others a few."""
+    places = bench.places
+    known = set[str]()
+    for setting in itertools.takewhile(lambda one: one != bench.setting, settings_of(bench.backend)):
+        known |= _places(bench.backend, setting).count.keys()
+    most = OTHERS_MOST if bench.setting.options or bench.setting.policies else LARGE_MOST
+    for what in kinds:
+        n = places.count.get(what, 0)
+        for nth in spread(n, most * bench.effort if what in known else n):
+            try:
+                places.fail(what, nth, dies=dies, leaks=leaks)
+            except Exception as error:
+                error.add_note(f"with {what} failing for the {nth}. time")
+                raise
 
 
-def _told(bench: Bench, *failures: Failing, dies: bool = False, leaks: bool = False) -> None:
-    """The story with a failure on the way. dies: the VM may be dead of it; leaks: the vendor may leak, and list, what
-    it could not take back."""
-    host = bench.host()
-    for failing in failures:
-        failing.install(host)
-        if isinstance(failing, BusyLock):
-            bench.checker = Checker.on(host)
-    process = Process(host)
-    image = [b"image"]
-    died, failed = False, Failed()
-    for _ in range(3):
-        try:
-            story(Player(host, BLOCK + 8 if bench.large else SMALL, process=process, image=image, failed=failed))
-        except Died:
-            assert dies, "the VM is dead of a failure that passes"
-            died = True
-        except UapiError as error:
-            assert error.errno in (errno.ENOMEM, errno.EIO, errno.EBUSY, errno.EAGAIN), error
-            process.exit()
-            process = Process(host)
-            continue
-        break
-    process.exit()
-    bench.done(host, leaks=died or dies or leaks or errno.EIO in failed.by_errno)
-
-
-def _fail_everywhere(
-    bench: Bench, make: Callable[[int], Failing], what: str, *, dies: bool = False, leaks: bool = False,
-    places: int | None = None, most: int = FAILS_MOST,
-) -> int:
-    most = most * bench.effort if not bench.setting.options else 2
-    n = 0
-
-    def tell(failing: Failing) -> None:
-        _told(bench, failing, dies=dies, leaks=leaks)
-
-    for nth, error in at_every_place(make, tell, most=most, places=places):
-        n += 1
-        if error is not None:
-            error.add_note(f"with {what} failing for the {nth}. time")
-            raise error
-    return n
-
-
-@check("failure.hooks")
+@check("failure.hooks", policies=True)
 def failure_hooks(bench: Bench) -> None:
     """Every hook that may fail fails at each of its calls in turn: nothing is lost, leaked or inconsistent."""
-    ops = bench.host(checked=False).ops
-    counting = [FailingHook(hook) for hook in ANSWERS if ops.has(hook)]
-    _told(bench, *counting)
-    for hook, places in [(one.hook, one.seen) for one in counting]:
-        _fail_everywhere(bench, lambda nth, hook=hook: FailingHook(hook, nth), hook, places=places)  # type: ignore[misc]
+    _fails_everywhere(bench, ANSWERS)
 
 
 @check("failure.memory")
 def failure_memory(bench: Bench) -> None:
     """Every allocation of a frame fails in turn."""
-    _fail_everywhere(bench, FailingMemory, "an allocation", dies=True)
+    _fails_everywhere(bench, [MEMORY], dies=True)
 
 
 @check("failure.busy")
 def failure_busy(bench: Bench) -> None:
     """Every lock that is only tried is busy in turn: those who cannot wait find a way."""
-    _fail_everywhere(bench, BusyLock, "a try-lock", leaks=True, most=BUSY_MOST)
+    _fails_everywhere(bench, [TRY_LOCK], leaks=True)
 
 
 @check("failure.random")
 def failure_random(bench: Bench) -> None:
-    """Hooks fail at random, again and again."""
-    host = bench.host(checked=False)
-    for seed, hook in enumerate(hook for hook in ANSWERS if host.ops.has(hook)):
-        _told(bench, FailingHook(hook, chance=0.15, seed=seed))
+    """Hooks, allocations and try-locks fail at random, again and again."""
+    for seed in range((2 if bench.setting.options else 4) * bench.effort):
+        Tale(bench, Failures(chance=0.02 * (1 + seed % 4), seed=seed), dies=True, leaks=True).all(bench)
 
 
 # ---- two at once, and random calls ------------------------------------------------------------------------------
 
-ORDERS_MOST = 6
+ORDERS_MOST = 4
 """Orders of each race that are tried: those with the fewest interruptions. `cvm explore` tries all."""
 
 
@@ -1314,7 +1326,8 @@ def cases(backend: Backend, settings: Iterable[Setting] | None = None) -> Iterat
     """Every check in every setting in which it runs."""
     for setting in settings_of(backend) if settings is None else settings:
         for one in CHECKS:
-            if not (one.once and (setting.options or setting.backing != "4k")):
+            alone = one.once and (setting.options or setting.backing != "4k")
+            if not alone and (one.policies or not setting.policies):
                 yield one, setting
 
 

@@ -1,27 +1,25 @@
-"""Failures on purpose: the n-th call of a hook, allocation of a frame, or try-lock fails.
-
-Each kind is a `Failing`: put on a host, it counts the places where it could strike, and strikes at one of them (`nth`,
-1: the first) or at each with a probability. `at_every_place` runs a story once without a failure, to count the places,
-and then once for each.
-"""
+"""Failures on purpose: a call of a hook, an allocation of a frame, a try-lock (`Failures`), or a call of the trusted
+hardware (`FailingCall`) fails, the n-th or each at random. `cvmcore.testing.story` has every place fail in turn."""
 
 from __future__ import annotations
 
 import errno
 import random
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from cvmcore.effects import Steps
 from cvmcore.errors import UapiError
 from cvmcore.host import Host
 from cvmcore.observers import observes
-from cvmcore.pages import count, part
+from cvmcore.pages import count, part, run
 from cvmcore.sched import Lockdep
 from cvmcore.types import Fatal, Retry, Stopped
 
 ANSWERS: dict[str, Callable[[], Any]] = {
     "vm_init": lambda: UapiError(errno.ENOMEM, "vm_init", "told to"),
+    "vm_move": lambda: UapiError(errno.ENOMEM, "vm_move", "told to"),
+    "vm_copy": lambda: UapiError(errno.ENOMEM, "vm_copy", "told to"),
     "vcpu_create": lambda: UapiError(errno.ENOMEM, "vcpu_create", "told to"),
     "vcpu_enter": lambda: UapiError(errno.EINTR, "vcpu_enter", "told to"),
     "launch_finish": lambda: UapiError(errno.EBUSY, "launch_finish", "told to"),
@@ -32,85 +30,80 @@ ANSWERS: dict[str, Callable[[], Any]] = {
     "pin_pfn": lambda: Stopped(0, Retry()),
     "link_private_spt": lambda: Stopped(0, Retry()),
     "set_private_spte": lambda: Stopped(0, Retry()),
+    "walk_private_spte": lambda: Stopped(0, Retry()),
     "relax_private_spte": lambda: Stopped(0, Retry()),
     "split_private_spt": lambda: Stopped(0, Retry()),
     "promote_private_spt": lambda: Stopped(0, Retry()),
+    "block_private_spt": lambda: Stopped(0, Retry()),
+    "register_region": lambda: UapiError(errno.ENOMEM, "register_region", "told to"),
+    "unregister_region": lambda: UapiError(errno.EBUSY, "unregister_region", "told to"),
 }
 """How each hook that may fail is made to fail, before it did anything, for a reason that passes."""
+MEMORY, TRY_LOCK = "an allocation", "a try-lock"
 
 
-class Failing(Protocol):
-    """A kind of failure: `seen` places so far; strikes at the `nth`, or with probability `chance` at each."""
+class Failures:
+    """What fails on one host: calls of the hooks in `ANSWERS`, allocations of a frame, and locks that are only tried.
 
-    nth: int
-    seen: int
+    Each is a place, counted by what it is (`seen`): the hook's name, `MEMORY` or `TRY_LOCK`. The place `at` fails (what
+    it is, and its number from 1); so does each place with the probability `chance`, from a seed.
 
-    def install(self, host: Host) -> None:
-        """Watch this host from now on."""
+    Install it as `host = Host(drive=failures.drive, ...); failures.install(host)`.
+    """
 
+    def __init__(self, at: tuple[str, int] | None = None, *, chance: float = 0, seed: int = 0) -> None:
+        self.at = at
+        self.chance = chance
+        self.seen: dict[str, int] = {}
+        self.struck = 0
+        self._random = random.Random(seed)
+        self.drive = _BusyDrive(self)
 
-class _Counted:
-    def __init__(self, nth: int = 0, *, chance: float = 0, seed: int = 0) -> None:
-        self.nth = nth
-        self.seen = 0
-        self._chance, self._random = chance, random.Random(seed)
-
-    def strikes(self) -> bool:
-        self.seen += 1
-        return self.seen == self.nth or (self._chance > 0 and self._random.random() < self._chance)
-
-
-class FailingHook(_Counted):
-    """The n-th call of a hook fails as `ANSWERS` says, or with another answer."""
-
-    def __init__(self, hook: str, nth: int = 0, *, answer: Any = None, chance: float = 0, seed: int = 0) -> None:
-        super().__init__(nth, chance=chance, seed=seed)
-        self.hook = hook
-        self.answer = answer
+    def strikes(self, what: str) -> bool:
+        """Whether this place fails."""
+        nth = self.seen[what] = self.seen.get(what, 0) + 1
+        if self.at != (what, nth) and not (self.chance and self._random.random() < self.chance):
+            return False
+        self.struck += 1
+        return True
 
     def install(self, host: Host) -> None:
+        """Watch the hooks and the allocator of a host."""
+        self._host = host
         host.ops.observe(self)
-
-    @observes
-    def intercept(self, hook: str, arguments: dict[str, Any]) -> Any:
-        if hook != self.hook or not self.strikes():
-            return None
-        return self.answer if self.answer is not None else ANSWERS[hook]()
-
-
-class FailingMemory(_Counted):
-    """The host has no frame for the n-th allocation."""
-
-    def install(self, host: Host) -> None:
         alloc = host.frames.alloc
 
         def failing(n: int, use: int, align_order: int = 0) -> Any:
-            if n and self.strikes():
+            if n and self.strikes(MEMORY):
                 raise UapiError(errno.ENOMEM, "alloc_pages", "told to")
             return alloc(n, use, align_order)
 
         setattr(host.frames, "alloc", failing)  # noqa: B010
 
-
-class BusyLock(_Counted):
-    """The n-th lock that is only tried is held by somebody else."""
-
-    def install(self, host: Host) -> None:
-        host.drive = _BusyDrive(self)
+    @observes
+    def intercept(self, hook: str, arguments: dict[str, Any]) -> Any:
+        """The answer of a hook that fails."""
+        if hook not in ANSWERS or not self.strikes(hook):
+            return None
+        if arguments.get("blocked"):
+            # A promotion that fails has unblocked its table.
+            gfns = run(arguments["gfn"], 1)
+            self._host.ops.call_now("unblock_private_spt", vm=arguments["vm"], gfns=gfns, level=arguments["level"])
+        return ANSWERS[hook]()
 
 
 class _BusyDrive(Lockdep):
     """`Lockdep` in which try-locks may be busy."""
 
-    def __init__(self, busy: BusyLock) -> None:
+    def __init__(self, failures: Failures) -> None:
         super().__init__()
-        self.busy = busy
+        self.failures = failures
 
     def is_busy(self) -> bool:
-        return self.busy.strikes()
+        return self.failures.strikes(TRY_LOCK)
 
 
-class FailingCall(_Counted):
+class FailingCall:
     """The n-th call of an operation of the trusted hardware is refused, and does nothing.
 
     A batch is as many calls as it has elements: those before the n-th are done, the batch ends there with the refusal.
@@ -125,7 +118,9 @@ class FailingCall(_Counted):
         self, operation: str, answer: Callable[[int, tuple[Any, ...]], Any], nth: int = 0, *,
         elements: tuple[int, ...] = (), times: int = 1, chance: float = 0, seed: int = 0,
     ) -> None:  # fmt: skip
-        super().__init__(nth, chance=chance, seed=seed)
+        self.nth = nth
+        self.seen = 0
+        self._chance, self._random = chance, random.Random(seed)
         self.operation, self.answer, self.elements, self.times = operation, answer, elements, times
         self.on_strike: Callable[[], None] = lambda: None
         """Called at each refusal, before the caller hears of it."""
@@ -191,25 +186,3 @@ class FailingCall(_Counted):
                 return failing.answer(at, args)
 
         setattr(owner, name, Refusing())
-
-
-def at_every_place(
-    make: Callable[[int], Failing], story: Callable[[Failing], None], *, most: int = 10_000, places: int | None = None
-) -> Iterator[tuple[int, Exception | None]]:
-    """Tell the story once for each place where it may fail, in turn; yields (place, what was raised or None).
-
-    make: the failure for a place, 0 for none. most: where there are more places, so many of them, evenly spread.
-    places: how many there are, where they were counted before.
-    """
-    if places is None:
-        counting = make(0)
-        story(counting)
-        places = counting.seen
-    step = max(1, -(-places // most))
-    for nth in range(1, places + 1, step):
-        try:
-            story(make(nth))
-        except Exception as error:
-            yield nth, error
-        else:
-            yield nth, None

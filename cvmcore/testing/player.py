@@ -89,7 +89,7 @@ class Player:
         self.hva = self.process.mmap(npages * PAGE_BYTES)
         self.add_slot()
         if host.ops.has("register_region"):
-            self.until_it_works(lambda: self.vm.register_region(self.hva, npages * PAGE_BYTES))
+            self.register()
         if self.caps.private_by_attribute:
             self.set_attributes(range(npages), True)
         self.vcpus: list[VcpuFd] = [self.until_it_works(self.vm.create_vcpu) for _ in range(vcpus)]
@@ -173,6 +173,38 @@ class Player:
         self.until_it_works(lambda: self.vm.set_user_memory_region2(0, 0, 0, 0))
         if self.caps.zap_destroys_content:
             self._forget(gfn for gfn in range(self.npages) if gfn not in self.as_shared)
+
+    def register(self) -> None:
+        """All of the VMM's memory is named as encrypted."""
+        self.until_it_works(lambda: self.vm.register_region(self.hva, self.npages * PAGE_BYTES))
+
+    def unregister(self) -> None:
+        """It is not any more."""
+        self.until_it_works(lambda: self.vm.unregister_region(self.hva, self.npages * PAGE_BYTES))
+
+    def mirror(self) -> None:
+        """Another VM shares the VM's context for a while, or may not."""
+        other = self.until_it_works(self.process.create_vm)
+        try:
+            self.until_it_works(lambda: other.copy_enc_context_from(self.vm))
+        except UapiError as error:
+            assert error.errno == errno.EINVAL, error
+        other.close()
+
+    def move(self) -> None:
+        """Another VM takes the VM's context over, and goes on in its place; or it may not."""
+        other = self.until_it_works(self.process.create_vm)
+        size = self.npages * PAGE_BYTES
+        self.until_it_works(lambda: other.set_user_memory_region2(0, 0, 0, size, self.hva))
+        vcpus = [self.until_it_works(other.create_vcpu) for _ in self.vcpus]
+        try:
+            self.until_it_works(lambda: other.move_enc_context_from(self.vm))
+        except UapiError as error:
+            assert error.errno == errno.EINVAL, error
+            other.close()
+            return
+        self.vm.close()
+        self.vm, self.vcpus = other, vcpus
 
     def set_attributes(self, gfns: range, private: bool) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES."""

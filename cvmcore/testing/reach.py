@@ -40,9 +40,9 @@ ELEMENTS = 1 << 13
 """Of an array so many elements are looked at: keep gfns and frames below that."""
 
 _UNSEEN = frozenset({
-    "_log", "advanced", "backend", "calls", "caps", "checker", "checks", "contract", "drive", "exits", "faults",
-    "generation", "in_use", "kicks", "meter", "ops", "options", "peak", "policies", "profile", "retries", "time_ns",
-    "watch",
+    "_log", "advanced", "alloc", "backend", "calls", "caps", "checker", "checks", "contract", "drive", "exits",
+    "faults", "generation", "in_use", "kicks", "meter", "ops", "options", "peak", "policies", "profile", "retries",
+    "time_ns", "watch",
 })  # fmt: skip
 """Attributes that decide nothing: counters, the clock, observers, the driver; and choices that never change."""
 _BLANK = (Ops, Hook, Meter, Profile, ModuleType, CodeType, FrameType, TracebackType)
