@@ -160,7 +160,7 @@ BUGS: tuple[Bug, ...] = (
     Bug("tdx source pages lost", "tdx", TDX, "        host.memory.clear(sources)\n        host.frames.free(sources)\n        return stopped",
         "        return stopped", "INIT_MEM_REGION keeps its pinned source pages"),
     Bug("tdx kick forgotten", "tdx", TDX, "            at += done\n            yield state.inside.write\n            vm.kick_all_vcpus()\n",
-        "            at += result.done\n            yield state.inside.write\n", "TRACK without the IPI"),
+        "            at += done\n            yield state.inside.write\n", "TRACK without the IPI"),
     Bug("tdx reports a table as a leaf", "tdx", TDX, "kinds = _KIND_OF[words & np.uint32(31)]", "kinds = np.minimum(_KIND_OF[words & np.uint32(31)], np.uint8(1))",
         "SEPT.RD's level field is not looked at"),
     # ---- pKVM -------------------------------------------------------------------------------------------------------
