@@ -81,6 +81,11 @@ class Action:
     gfns: Sel
     done: int = 0
 
+    @property
+    def left(self) -> int:
+        """How many pages are still to do."""
+        return count(self.gfns) - self.done
+
 
 @attrs.define(eq=False)
 class Touch(Action):
@@ -97,9 +102,17 @@ class Touch(Action):
 
 @attrs.define(eq=False)
 class Accept(Action):
-    """Accept (validate) private pages; `level` is the size the guest asks for, gfns the first 4K gfn of each."""
+    """Accept (validate) private pages; `level` is the size the guest asks for, gfns the first 4K gfn of each.
+
+    small: what is left, in 4K, of pages that fell back to 4K and stopped half way; it comes first.
+    """
 
     level: int = PG_LEVEL_4K
+    small: Sel = EMPTY
+
+    @property
+    def left(self) -> int:
+        return count(self.small) + (count(self.gfns) - self.done << order_of(self.level))
 
 
 @attrs.define(eq=False)
@@ -421,13 +434,19 @@ class Vcpu:
     # ---- accepting --------------------------------------------------------------------------------------------
 
     def _accept(self, action: Accept) -> Steps[ExitReason | None]:
+        if count(action.small):
+            leave = yield from self._accept_pages(action.small, PG_LEVEL_4K)
+            action.small = self._pending
+            if leave is not None:
+                return leave
         todo = part(action.gfns, action.done, count(action.gfns))
         for low, high in self._accepted_together(todo, action.level):
+            self._small = EMPTY
             leave = yield from self._accept_pages(part(todo, low, high), action.level)
             if leave is not None:
                 # What was accepted before stays accepted; the caller retries the piece's rest.
                 action.gfns = _joined(self._pending, part(todo, high, count(todo)))
-                action.done = 0
+                action.small, action.done = self._small, 0
                 return leave
             action.done += high - low
         return None
@@ -460,7 +479,8 @@ class Vcpu:
         return small
 
     def _accept_pages(self, gfns: Sel, level: int) -> Steps[ExitReason | None]:
-        """Accept until all pages are; `self._pending` holds what was left where it had to stop."""
+        """Accept until all pages are; `self._pending` holds what was left where it had to stop, `self._small` what was
+        left in 4K of those that fell back."""
         tries = Tries(self.vm)
         self._pending = gfns
         while n := count(gfns):
@@ -505,7 +525,7 @@ class Vcpu:
                 small = expand(part(gfns, 0, same), order_of(level))
                 leave = yield from self._accept_pages(small, PG_LEVEL_4K)
                 if leave is not None:
-                    self._pending = rest
+                    self._small, self._pending = self._pending, part(rest, same, count(rest))
                     return leave
                 gfns = self._pending = part(rest, same, count(rest))
             else:
@@ -514,6 +534,7 @@ class Vcpu:
         return None
 
     _pending: Sel = EMPTY
+    _small: Sel = EMPTY
 
     def _accept_once(self, gfns: Sel, level: int) -> Steps[Access]:
         """One try. Where the CPU walks KVM's own root, unmapped pages miss before the instruction does anything."""

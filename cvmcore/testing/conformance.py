@@ -910,6 +910,35 @@ def large_accept(bench: Bench) -> None:
     bench.done(host)
 
 
+ACCEPT_BY_ATTRIBUTE = Needs(
+    "needs_accept, private_by_attribute", lambda caps: caps.needs_accept and caps.private_by_attribute
+)
+
+
+@check("large.accept_resumed", ACCEPT_BY_ATTRIBUTE)
+def large_accept_resumed(bench: Bench) -> None:
+    """An accept of 2 MiB that fell back to 4 KiB and left half way goes on there: no page is accepted twice."""
+    host = bench.host()
+    player = Player(host, 3 * BLOCK)
+    player.process.fallocate(player.fd, FALLOC_FL_KEEP_SIZE, 0, 3 * BLOCK * PAGE_BYTES)
+    for gfn in (BLOCK + 300, BLOCK + 400):
+        player.process.memory_failure(player.fd, gfn * PAGE_BYTES)
+    accept = Accept(slice(0, 3 * BLOCK, BLOCK), level=PG_LEVEL_2M)
+    for gfn in (BLOCK + 300, BLOCK + 400):
+        leave = player.vcpus[0].run(accept)
+        assert isinstance(leave, MemoryFault) and leave.gfn == gfn, f"accepting a broken page ends with {leave}"
+        assert accept.left == 3 * BLOCK - gfn
+        player.punch(range(gfn, gfn + 1))
+    leave = player.vcpus[0].run(accept)
+    assert leave is None and not accept.left, f"accepting the rest ends with {leave}"
+    player.accepted.update(range(3 * BLOCK))
+    player.write(range(3 * BLOCK))
+    player.check()
+    player.exit()
+    assert host.frames.leaked() == 2, "broken frames are nobody's any more"
+    bench.done(host, leaks=True)
+
+
 @check("accept.first", Needs("needs_accept", lambda caps: caps.needs_accept))
 def accept_first(bench: Bench) -> None:
     """A page that the guest has not accepted it cannot use: it gets an exception, or dies of it.
@@ -933,7 +962,7 @@ def accept_first(bench: Bench) -> None:
         bench.done(host)
 
 
-@check("accept.stops", Needs("needs_accept, private_by_attribute", lambda c: c.needs_accept and c.private_by_attribute))
+@check("accept.stops", ACCEPT_BY_ATTRIBUTE)
 def accept_stops(bench: Bench) -> None:
     """Pages accepted in one go end as one by one: all below one that is no private page, and none above it."""
     ends: list[tuple[object, ...]] = []

@@ -979,8 +979,8 @@ class UapiMachine(RuleBasedStateMachine):
         self.ran = True
         if step.result is not None:
             assert self.injector.fired in FATAL, step.result
-            left = (array_of(action.gfns)[:, None] + np.arange(size)).ravel()
-            gfns = np.setdiff1d(gfns, left)
+            large = (array_of(action.gfns)[:, None] + np.arange(size)).ravel()
+            gfns = np.setdiff1d(gfns, np.concatenate([array_of(action.small), large]))
         for slot, at in self.at_slots(gfns):
             assert slot.file is not None
             index = gfns[at] - slot.base + slot.pgoff

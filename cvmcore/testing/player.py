@@ -117,10 +117,10 @@ class Player:
 
     def run(self, action: Action, vcpu: int = 0) -> None:
         """KVM_RUN until the action is complete; conversions that the guest asks for are granted."""
-        tries, done = 0, action.done
+        tries, left = 0, action.left
         while True:
-            if action.done > done:  # what fails once in a while must not fail an action of many pages
-                tries, done = 0, action.done
+            if action.left < left:  # what fails once in a while must not fail an action of many pages
+                tries, left = 0, action.left
             leave: ExitReason | None = None
             try:
                 leave = self.vcpus[vcpu].run(action)
