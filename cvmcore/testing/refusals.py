@@ -111,12 +111,18 @@ class Refusal:
     earlier: bool = False
     """Whether another VM lived, and went, on the host before."""
     setting: Setting = LARGE_PAGES
-    policies: tuple[tuple[str, str], ...] = ()
     story: Story | None = None
 
     def __str__(self) -> str:
         says = "|".join(status.name for status in self.statuses) or "otherwise"
         return f"{self.call.name} {says}" + (f" x{self.times}" if self.times > 1 else "")
+
+
+def row(
+    call: Call, status: enum.IntEnum | None, makes: Mapping[str, Outcome], kernel: str, **more: Any
+) -> Refusal:
+    """A row for one status, or (None) for all that no other row of the call names."""
+    return Refusal(call, () if status is None else (status,), makes, kernel, **more)
 
 
 @attrs.frozen(eq=False)
@@ -187,7 +193,7 @@ class Table:
         with every status; at how many it was. Where the call is refused several times in a row, at some places: that it
         is refused at each is another row's."""
         statuses = self.statuses(row, self._hardware(backend, row.setting))
-        bench, npages = Bench(backend, Setting("4k", row.setting.options)), SMALLEST
+        bench, npages = Bench(backend, attrs.evolve(row.setting, backing="4k")), SMALLEST
         counting = row.call.failing(statuses[0])
         _once(bench, row, counting, npages)
         if not counting.seen:
@@ -213,9 +219,7 @@ class Table:
                 error.add_note(f"{row}, at call {nth} of {seen}, with {status.name}")
                 raise
 
-    def storm(
-        self, backend: Backend, seed: int, *, setting: Setting = LARGE_PAGES, chance: float = 0.05, **policies: str
-    ) -> int:
+    def storm(self, backend: Backend, seed: int, *, setting: Setting = LARGE_PAGES, chance: float = 0.05) -> int:
         """A life of random actions, in which every call may be refused with any status; how many were.
 
         Nothing is lost, leaked without being listed, or inconsistent, however often the VM dies of it.
@@ -223,7 +227,7 @@ class Table:
         draw = random.Random(seed)
         bench = Bench(backend, setting)
         told = _Told()
-        host = bench.host(told, policies=policies)
+        host = bench.host(told)
         struck: list[str] = []
         failing: list[FailingCall] = []
         for call in self.calls:
@@ -366,7 +370,7 @@ def _tell(host: Host, process: Process, told: _Told, story: Story, npages: int) 
 def _once(bench: Bench, row: Refusal, failing: FailingCall, npages: int, afterwards: bool = True) -> None:
     story = row.story or life
     told = _Told()
-    host = bench.host(told, policies=dict(row.policies))
+    host = bench.host(told)
     if row.earlier:
         _tell(host, Process(host), _Told(), _short, npages)
     failing.install(host)
@@ -400,4 +404,23 @@ def _once(bench: Bench, row: Refusal, failing: FailingCall, npages: int, afterwa
 def named(one: object) -> str:
     """Rows and backends as pytest shows them."""
     return one.name if isinstance(one, Backend) else str(one)
+
+
+def as_tests(table: Table) -> tuple[Callable[..., None], ...]:
+    """Three pytest tests: that the table is whole, each row at some places, and (slow) each row at every place."""
+    import pytest
+
+    def every_call_and_every_status_has_a_row() -> None:
+        assert table.missing() == []
+
+    @pytest.mark.parametrize(("backend", "row"), table.rows, ids=named)
+    def a_refusal_makes_what_the_table_says(backend: Backend, row: Refusal) -> None:
+        assert table.refuse(backend, row) > 0
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("backend", "row"), table.rows, ids=named)
+    def a_refusal_makes_it_at_every_place(backend: Backend, row: Refusal) -> None:
+        assert table.refuse_everywhere(backend, row) > 0
+
+    return every_call_and_every_status_has_a_row, a_refusal_makes_what_the_table_says, a_refusal_makes_it_at_every_place
 

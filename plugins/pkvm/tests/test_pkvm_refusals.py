@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cvmcore.backend import Backend
 from cvmcore.errors import HardwareError
 from cvmcore.testing.conformance import Setting
 from cvmcore.testing.player import Player
@@ -23,7 +21,8 @@ from cvmcore.testing.refusals import (
     Outcome,
     Refusal,
     Table,
-    named,
+    as_tests,
+    row,
 )
 from cvmcore.types import HostMode, HostVerdict, Shutdown
 from cvmcore.vcpu import Touch
@@ -118,10 +117,6 @@ def says(number: int) -> Outcome:
     return Outcome(number)
 
 
-def row(call: Call, status: Errno | None, makes: Mapping[str, Outcome], kernel: str, **more: Any) -> Refusal:
-    return Refusal(call, (status,) if status else (), makes, kernel, **more)
-
-
 def each(call: Call, phase: str, kernel: str, *statuses: Errno, **more: Any) -> list[Refusal]:
     """Rows for statuses that KVM passes on as they are."""
     return [row(call, status, {phase: says(-status)}, kernel, **more) for status in statuses]
@@ -170,21 +165,11 @@ TABLE = Table(
     QUESTIONS, NEVER, tuple((PKVM, row) for row in ROWS),
 )  # fmt: skip
 
-
-def test_every_call_and_every_status_has_a_row() -> None:
-    assert TABLE.missing() == []
-
-
-@pytest.mark.parametrize(("backend", "row"), TABLE.rows, ids=named)
-def test_a_refusal_makes_what_the_table_says(backend: Backend, row: Refusal) -> None:
-    assert TABLE.refuse(backend, row) > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("backend", "row"), TABLE.rows, ids=named)
-def test_a_refusal_makes_it_at_every_place(backend: Backend, row: Refusal) -> None:
-    assert TABLE.refuse_everywhere(backend, row) > 0
-
+(
+    test_every_call_and_every_status_has_a_row,
+    test_a_refusal_makes_what_the_table_says,
+    test_a_refusal_makes_it_at_every_place,
+) = as_tests(TABLE)
 
 STORMS = [Setting("4k"), Setting("2m"), SHARED]
 

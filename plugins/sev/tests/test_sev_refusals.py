@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,10 @@ from cvmcore.testing.refusals import (
     Call,
     Guest,
     Outcome,
-    Refusal,
     Table,
+    as_tests,
     named,
+    row,
 )
 from cvmcore.types import PAGE_BYTES
 from cvmcore.uapi import Process
@@ -171,12 +171,6 @@ def with_secret(player: Player) -> None:
 # ---- the table --------------------------------------------------------------------------------------------------
 
 
-def row(
-    call: Call, status: RmpStatus | SevStatus | None, makes: Mapping[str, Outcome], kernel: str, **more: Any
-) -> Refusal:
-    return Refusal(call, (status,) if status is not None else (), makes, kernel, **more)
-
-
 REFUSED = {"call 1": ENOTTY, "launch": EIO, "gmem_prepare": EINVAL, "gmem_invalidate": LEAKS, "vcpu_free": DEAD_LEAKS,
            "vm_destroy": LEAKS}  # fmt: skip
 """What comes of an RMPUPDATE that fails: of the launch's, of a fault's, of those that take pages back."""
@@ -230,21 +224,11 @@ TABLE = Table(
     (*((SNP, row) for row in SNP_ROWS), *((SEV, row) for row in SEV_ROWS), *((SEV_ES, row) for row in ES_ROWS)),
 )  # fmt: skip
 
-
-def test_every_call_and_every_status_has_a_row() -> None:
-    assert TABLE.missing() == []
-
-
-@pytest.mark.parametrize(("backend", "row"), TABLE.rows, ids=named)
-def test_a_refusal_makes_what_the_table_says(backend: Backend, row: Refusal) -> None:
-    assert TABLE.refuse(backend, row) > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("backend", "row"), TABLE.rows, ids=named)
-def test_a_refusal_makes_it_at_every_place(backend: Backend, row: Refusal) -> None:
-    assert TABLE.refuse_everywhere(backend, row) > 0
-
+(
+    test_every_call_and_every_status_has_a_row,
+    test_a_refusal_makes_what_the_table_says,
+    test_a_refusal_makes_it_at_every_place,
+) = as_tests(TABLE)
 
 UPFRONT = Setting("2m", (("pinning", "upfront"),))
 STORMS = [(SNP, Setting("4k")), (SNP, LARGE_PAGES), (SEV, LARGE_PAGES), (SEV, UPFRONT), (SEV_ES, LARGE_PAGES)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+import functools
 from typing import Any
 
+import attrs
 import pytest
 
-from cvmcore.backend import Backend
 from cvmcore.pages import EMPTY, count
+from cvmcore.testing import refusals
 from cvmcore.testing.conformance import BLOCK, Setting
 from cvmcore.testing.player import Player
 from cvmcore.testing.refusals import (
@@ -19,9 +20,8 @@ from cvmcore.testing.refusals import (
     LEAKS,
     Call,
     Outcome,
-    Refusal,
     Table,
-    named,
+    as_tests,
 )
 from cvmcore_tdx.errors import Status
 from cvmcore_tdx.hw import Accept, Accepted, Result
@@ -122,14 +122,17 @@ LOST = {"run": DEAD_LEAKS, "destroy": DEAD_LEAKS}
 PASSES = {"run": GOES_ON, "destroy": GOES_ON}
 BUSY = Status.TDX_OPERAND_BUSY
 
-
-def row(call: Call, status: Status | None, makes: Mapping[str, Outcome], kernel: str, **more: Any) -> Refusal:
-    return Refusal(call, (status,) if status is not None else (), makes, kernel, **({"setting": LARGE} | more))
+row = functools.partial(refusals.row, setting=LARGE)
 
 
-SCAN: dict[str, Any] = {"policies": (("merge", "scan"),), "story": merged}
-LOCKED: dict[str, Any] = {"policies": (("merge", "block"),), "story": unblocked}
-WALKER: dict[str, Any] = {"policies": (("walker", "external"),)}
+def under(**policies: str) -> Setting:
+    """Large pages, and policies of the core."""
+    return attrs.evolve(LARGE, policies=tuple(policies.items()))
+
+
+SCAN: dict[str, Any] = {"setting": under(merge="scan"), "story": merged}
+LOCKED: dict[str, Any] = {"setting": under(merge="block"), "story": unblocked}
+WALKER: dict[str, Any] = {"setting": under(walker="external")}
 
 ROWS = [
     # ---- growing: BUSY is retried in KVM while the TD runs, and an errno of the launch; the rest is KVM_BUG_ON
@@ -198,35 +201,25 @@ TABLE = Table(
     tuple((TDX, row) for row in ROWS),
 )  # fmt: skip
 
+(
+    test_every_call_and_every_status_has_a_row,
+    test_a_refusal_makes_what_the_table_says,
+    test_a_refusal_makes_it_at_every_place,
+) = as_tests(TABLE)
 
-def test_every_call_and_every_status_has_a_row() -> None:
-    assert TABLE.missing() == []
-
-
-@pytest.mark.parametrize(("backend", "row"), TABLE.rows, ids=named)
-def test_a_refusal_makes_what_the_table_says(backend: Backend, row: Refusal) -> None:
-    assert TABLE.refuse(backend, row) > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("backend", "row"), TABLE.rows, ids=named)
-def test_a_refusal_makes_it_at_every_place(backend: Backend, row: Refusal) -> None:
-    assert TABLE.refuse_everywhere(backend, row) > 0
-
-
-STORMS: tuple[tuple[Setting, dict[str, str]], ...] = (
-    (Setting("4k"), {}), (LARGE, {"merge": "fault"}), (LARGE, {"merge": "block", "walker": "external"}),
-    (LARGE, {"merge": "scan", "mmu_lock": "sharded", "invalidation": "flags2"}),
+STORMS = (
+    Setting("4k"), under(merge="fault"), under(merge="block", walker="external"),
+    under(merge="scan", mmu_lock="sharded", invalidation="flags2"),
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("setting", "policies"), STORMS, ids=str)
+@pytest.mark.parametrize("setting", STORMS, ids=str)
 @pytest.mark.parametrize("seed", range(2))
-def test_nothing_is_lost_in_storms(setting: Setting, policies: dict[str, str], seed: int) -> None:
-    TABLE.storm(TDX, seed, setting=setting, **policies)
+def test_nothing_is_lost_in_storms(setting: Setting, seed: int) -> None:
+    TABLE.storm(TDX, seed, setting=setting)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("setting", "policies"), STORMS, ids=str)
-def test_nothing_is_lost_in_many_storms(setting: Setting, policies: dict[str, str]) -> None:
-    assert sum(TABLE.storm(TDX, seed, setting=setting, chance=0.1, **policies) for seed in range(10, 12)) > 0
+@pytest.mark.parametrize("setting", STORMS, ids=str)
+def test_nothing_is_lost_in_many_storms(setting: Setting) -> None:
+    assert sum(TABLE.storm(TDX, seed, setting=setting, chance=0.1) for seed in range(10, 12)) > 0
