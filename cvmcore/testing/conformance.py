@@ -227,6 +227,10 @@ SLOTS_CHANGE = Needs("no memslots_fixed_after_run", lambda caps: not caps.memslo
 PRIVATE_GMEM = Needs("private_by_attribute, gmem_backed", lambda caps: caps.private_by_attribute and caps.gmem_backed)
 PREPARES = Needs("private_by_attribute", lambda caps: caps.private_by_attribute)
 PINNED = Needs("needs_pin", lambda caps: caps.needs_pin)
+ACCEPTS = Needs("needs_accept", lambda caps: caps.needs_accept)
+ACCEPTS_BY_ATTRIBUTE = Needs(
+    "needs_accept, private_by_attribute", lambda caps: caps.needs_accept and caps.private_by_attribute
+)
 
 
 # ---- what is declared -----------------------------------------------------------------------------------------
@@ -889,7 +893,7 @@ def large_small_first(bench: Bench) -> None:
     bench.done(host)
 
 
-@check("large.accept", Needs("needs_accept", lambda caps: caps.needs_accept))
+@check("large.accept", ACCEPTS)
 def large_accept(bench: Bench) -> None:
     """Accepting in 2 MiB what is mapped in 4 KiB, and in 4 KiB what could be 2 MiB, ends with all of it accepted."""
     n = 2 * BLOCK
@@ -910,12 +914,7 @@ def large_accept(bench: Bench) -> None:
     bench.done(host)
 
 
-ACCEPT_BY_ATTRIBUTE = Needs(
-    "needs_accept, private_by_attribute", lambda caps: caps.needs_accept and caps.private_by_attribute
-)
-
-
-@check("large.accept_resumed", ACCEPT_BY_ATTRIBUTE)
+@check("large.accept_resumed", ACCEPTS_BY_ATTRIBUTE)
 def large_accept_resumed(bench: Bench) -> None:
     """An accept of 2 MiB that fell back to 4 KiB and left half way goes on there: no page is accepted twice."""
     host = bench.host()
@@ -939,7 +938,7 @@ def large_accept_resumed(bench: Bench) -> None:
     bench.done(host, leaks=True)
 
 
-@check("accept.first", Needs("needs_accept", lambda caps: caps.needs_accept))
+@check("accept.first", ACCEPTS)
 def accept_first(bench: Bench) -> None:
     """A page that the guest has not accepted it cannot use: it gets an exception, or dies of it.
 
@@ -962,7 +961,7 @@ def accept_first(bench: Bench) -> None:
         bench.done(host)
 
 
-@check("accept.stops", ACCEPT_BY_ATTRIBUTE)
+@check("accept.stops", ACCEPTS_BY_ATTRIBUTE)
 def accept_stops(bench: Bench) -> None:
     """Pages accepted in one go end as one by one: all below one that is no private page, and none above it."""
     ends: list[tuple[object, ...]] = []
@@ -1079,7 +1078,6 @@ def hooks_queries(bench: Bench) -> None:
     player = Player(host)
     player.write(range(SMALL))
     vm = player.vm.vm
-    slot = next(iter(vm.slots))
     frames = player.frames(range(SMALL))
     gfns = np.array(sorted(frames), np.int64)
     pfns = np.array([frames[g] for g in sorted(frames)], np.int64)
@@ -1093,7 +1091,6 @@ def hooks_queries(bench: Bench) -> None:
         "vm": vm, "vcpu": player.vcpus[0].vcpu, "gfns": gfns, "pfns": np.zeros(0, np.int64) if root.external else pfns,
         "level": PG_LEVEL_4K, "write": False, "private": player.two_kinds,
     }  # fmt: skip
-    assert slot is not None
     for hook, arguments in asked.items():
         if not host.ops.has(hook) or (hook == "guest_access" and bench.large):
             continue

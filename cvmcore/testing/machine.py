@@ -31,7 +31,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from cvmcore.backend import Backend
 from cvmcore.cost import Profile
-from cvmcore.errors import InvariantViolation, UapiError
+from cvmcore.errors import InvariantViolation
 from cvmcore.host import Host
 from cvmcore.mem.gmem import EHWPOISON, GmemInode
 from cvmcore.mem.tdp import FRAME_SHIFT, PRESENT, TABLE
@@ -41,7 +41,9 @@ from cvmcore.pages import IntArray, array_of, as_sel
 from cvmcore.plugins import load_backend
 from cvmcore.runner import load_profile_for
 from cvmcore.sched import Lockdep
+from cvmcore.testing.faults import ANSWERS
 from cvmcore.testing.invariants import Checker, Step
+from cvmcore.testing.player import stretches
 from cvmcore.testing.recorder import Recorder
 from cvmcore.testing.state import Bools
 from cvmcore.types import (
@@ -56,13 +58,11 @@ from cvmcore.types import (
     PG_LEVEL_2M,
     PG_LEVEL_4K,
     ExitReason,
-    Fatal,
     GuestException,
     HostVerdict,
     MapGpaRange,
     MemoryFault,
     Mmio,
-    Retry,
     Shutdown,
     Stopped,
     order_of,
@@ -87,16 +87,10 @@ PUNCH = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 BLAME = {"punch": 19, "convert": 20, "set_memory_attributes": 20, "memslot": 22, "close": 28}
 """The invariant that a lost page breaks, by the call that lost it; 18 where a page is read that nobody wrote."""
 
-INJECTED: dict[str, Callable[[], Any]] = {
-    "topup": lambda: Stopped(0, Fatal(errno.ENOMEM)),
-    "gmem_prepare": lambda: Stopped(0, Fatal(errno.EIO)),
-    "pin_pfn": lambda: Stopped(0, Retry()),
-    "link_private_spt": lambda: Stopped(0, Retry()),
-    "set_private_spte": lambda: Stopped(0, Retry()),
-    "split_private_spt": lambda: Stopped(0, Retry()),
-    "memslot_prepare": lambda: UapiError(errno.ENOMEM, "memslot_prepare", "told to"),
-}
-"""How each hook that may fail is made to fail, before it did anything."""
+INJECTED = (
+    "gmem_prepare", "link_private_spt", "memslot_prepare", "pin_pfn", "set_private_spte", "split_private_spt", "topup",
+)  # fmt: skip
+"""Hooks that are made to fail, as `faults.ANSWERS` says."""
 FATAL = {"topup": errno.ENOMEM, "gmem_prepare": errno.EIO}
 """The errno that a fault ends with where these hooks fail; after the others it is tried again."""
 
@@ -253,7 +247,7 @@ class OneShot(FaultInjector):
         super().__init__("", 1, None)
 
     def aim(self, hook: str) -> None:
-        self.hook, self.seen, self.answer = hook, 0, INJECTED[hook]() if hook else None
+        self.hook, self.seen, self.answer = hook, 0, ANSWERS[hook]() if hook else None
 
     @property
     def fired(self) -> str:
@@ -484,13 +478,13 @@ class UapiMachine(RuleBasedStateMachine):
     @action(lambda self: any(map(self.host.ops.has, INJECTED)), pick=range(6))
     def inject(self, pick: int) -> None:
         """The next call of a hook fails."""
-        hooks = [hook for hook in sorted(INJECTED) if self.host.ops.has(hook)]
+        hooks = [hook for hook in INJECTED if self.host.ops.has(hook)]
         self.aim(hooks[pick % len(hooks)])
 
     def aim(self, hook: str) -> None:
         """The next call of this hook fails; of none where it is empty."""
         if hook or (self.injector.hook and not self.injector.fired):
-            answer = INJECTED[hook]() if hook else None
+            answer = ANSWERS[hook]() if hook else None
             reason = answer.reason if isinstance(answer, Stopped) else answer
             self.recorder.fail_next(hook, getattr(reason, "errno", 0))
         self.injector.aim(hook)
@@ -1023,7 +1017,7 @@ class UapiMachine(RuleBasedStateMachine):
         with self.call("convert") as step:
             while isinstance(leave := self.vcpus[vcpu].run(action), MapGpaRange):
                 if self.caps.private_by_attribute:
-                    for low, high in _stretches(array_of(leave.gfns).tolist()):
+                    for low, high in stretches(array_of(leave.gfns).tolist()):
                         value = KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0
                         self.fd.set_memory_attributes(low * PAGE_BYTES, (high - low) * PAGE_BYTES, value)
             step.result = leave
@@ -1138,15 +1132,6 @@ DEAD_EIO = frozenset({
 def _written(stamps: IntArray) -> IntArray:
     """Stamps as somebody reads them for whom a page that nobody wrote is zero."""
     return np.where(stamps == ABSENT, 0, stamps)
-
-
-def _stretches(gfns: list[int]) -> Iterator[tuple[int, int]]:
-    """Contiguous ranges [low, high) of sorted gfns."""
-    low = gfns[0]
-    for at, following in zip(gfns, [*gfns[1:], -1], strict=True):
-        if following != at + 1:
-            yield low, at + 1
-            low = following
 
 
 def _say(stamp: int) -> str:

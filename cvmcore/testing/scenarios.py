@@ -27,6 +27,7 @@ from cvmcore.sched import Case
 from cvmcore.testing.invariants import ALWAYS, Needs
 from cvmcore.testing.world import GFN, PAGE, STAMP, World
 from cvmcore.types import Capabilities, GuestException, RetPf, Shutdown
+from cvmcore.vcpu import Touch
 from cvmcore.vm import Vm
 
 GROUP = "cvmcore.scenarios"
@@ -378,8 +379,6 @@ def touch_and_discard(backend: Backend) -> Case:
 
 def fault_touch(private: bool) -> Any:
     """A write of GFN by the guest."""
-    from cvmcore.vcpu import Touch
-
     return Touch(PAGE, write=True, private=private, stamps=STAMP)
 
 

@@ -35,7 +35,7 @@ Step: TypeAlias = Callable[[Player], None]
 
 
 def _write(low: int, high: int, vcpu: int = 0) -> Step:
-    """The guest writes pages; below 0: counted from the end."""
+    """The guest writes pages; `high` not above 0: counted from the end."""
     return lambda player: player.write(range(low, high if high > 0 else player.npages + high), vcpu)
 
 
@@ -51,10 +51,6 @@ def _discard(player: Player) -> None:
     player.discard(range(2, 3))
     if player.in_place and player.two_kinds:
         player.shared.pop(2, None)
-
-
-def _recover(player: Player) -> None:
-    player.vm.vm.recover_huge_pages()
 
 
 def _read_log(player: Player) -> None:
@@ -98,10 +94,10 @@ STORY: tuple[tuple[Callable[[Tale], bool], Step], ...] = (
     # Small pages are merged where the policy says so; blocked tables serve again where a part of one is converted.
     *_if(
         lambda tale: tale.caps.promotes and tale.pages > BLOCK,
-        _convert(5, 6, False), _convert(5, 6, True), _write(0, BLOCK), _recover,
-        _convert(200, 300, False), _convert(200, 300, True), _write(0, BLOCK), _recover,
-        _convert(7, 9, False), _convert(7, 9, True), _write(0, BLOCK), _recover,
-        _write(9, 10), _write(300, 301), _recover,
+        _convert(5, 6, False), _convert(5, 6, True), _write(0, BLOCK), Player.recover,
+        _convert(200, 300, False), _convert(200, 300, True), _write(0, BLOCK), Player.recover,
+        _convert(7, 9, False), _convert(7, 9, True), _write(0, BLOCK), Player.recover,
+        _write(9, 10), _write(300, 301), Player.recover,
     ),
     *_if(lambda tale: tale.host.ops.has("memory_encrypt_op"), _unknown_command),
     *_if(lambda tale: tale.host.ops.has("vm_copy"), Player.mirror),
@@ -216,6 +212,7 @@ class Places:
         start = max(at for at, seen in enumerate(self.before) if seen.get(what, 0) < nth)
         self.kept[start].restore()
         tale.dies, tale.leaks, self.failures.at = dies, leaks, (what, nth)
+        assert not self.failures.struck
         for at in range(start, tale.steps):
             tale.tell(self.bench, at)
             if tale.over or tale.looks() == self.looks[at]:
@@ -223,6 +220,7 @@ class Places:
             if start == 0 and at == SHORT:
                 tale.tell(self.bench, tale.steps - 1)
                 break
+        assert self.failures.struck, "what was there before is not called again: the story was not put back whole"
         self._note()
 
 
