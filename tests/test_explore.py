@@ -22,7 +22,7 @@ from cvmcore.backends.swprot import SWPROT
 from cvmcore.bench import random_floor
 from cvmcore.cli import main
 from cvmcore.cli.exploring import _schedule, written
-from cvmcore.errors import CvmError, InvariantViolation, UapiError
+from cvmcore.errors import CvmError, InvariantViolation, PluginError, UapiError
 from cvmcore.plugins import load_backend
 from cvmcore.sched import Case, explore
 from cvmcore.testing.scenarios import (
@@ -111,8 +111,14 @@ def test_writer_against_punch_on_a_vendor(name: str) -> None:
     assert ends == {"done", "Shutdown"}
 
 
-def test_every_race_has_a_scenario_or_a_reason() -> None:
-    assert len({one.name for one in SCENARIOS}) == len(SCENARIOS) >= 20
+def test_scenarios_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plugin's takes no other's place."""
+    assert len({one.name for one in SCENARIOS}) == len(SCENARIOS)
+
+    monkeypatch.setattr("cvmcore.testing.scenarios.installed", lambda group: ["acme"])
+    monkeypatch.setattr("cvmcore.testing.scenarios.load", lambda group, name, what: (SCENARIOS[0],))
+    with pytest.raises(PluginError, match=f"acme: there is a scenario '{SCENARIOS[0].name}' already"):
+        scenarios()
 
 
 CLOSE = (two_faults, fault_and_punch, fault_and_convert, fault_and_discard, fault_and_close, writer_and_punch)
@@ -216,6 +222,11 @@ def test_explore_command(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "fault-punch" in out
     assert "not modelled" in out
+    assert main(["explore", "--json"]) == 0
+    needs = {one["name"]: one["needs"] for one in json.loads(capsys.readouterr().out)["scenarios"]}
+    assert needs["fault-punch"] == "private_by_attribute"
+    for one in scenarios().values():
+        assert all(name in needs[one.name] for name in one.alone)
 
     assert main(["explore", "fault-punch", "--backend", "swprot"]) == 0
     assert "no race" in capsys.readouterr().out

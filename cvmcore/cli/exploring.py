@@ -58,11 +58,12 @@ def explore(
     if name is None:
         if as_json:
             rows = [
-                {"name": s.name, "race": s.text, "closed_by": s.closed_by} for s in scenarios().values()
+                {"name": s.name, "race": s.text, "closed_by": s.closed_by, "needs": s.whose}
+                for s in scenarios().values()
             ]
             dump({"scenarios": rows, "not_modelled": NOT_MODELLED})
         else:
-            rows_ = [(s.name, s.text, s.closed_by, s.needs.name) for s in scenarios().values()]
+            rows_ = [(s.name, s.text, s.closed_by, s.whose) for s in scenarios().values()]
             say(table(("scenario", "race", "closed by", "needs"), rows_))
             for row, why in NOT_MODELLED.items():
                 typer.echo(f"not modelled: {row}: {why}")
@@ -71,8 +72,7 @@ def explore(
     host = Host(owner, load_profile_for(owner, None), nr_frames=1 << 10)
     caps = host.capabilities(owner.vm_type, host.options)
     if not chosen.fits(owner, caps):
-        for_ = f"it is for {', '.join(chosen.alone)}" if chosen.alone else f"it needs {chosen.needs.name}"
-        raise InputError(f"backend {backend} cannot have the race {name}: {for_}")
+        raise InputError(f"backend {backend} cannot have the race {name}: it needs {chosen.whose}")
     make: Callable[[], Any] = lambda: chosen.make(owner)  # noqa: E731
     start = time.perf_counter()
     with chosen.off() if off else nullcontext():

@@ -53,6 +53,11 @@ class Scenario:
     needs: Needs = ALWAYS
     alone: tuple[str, ...] = ()
 
+    @property
+    def whose(self) -> str:
+        """What a backend must have, or which backends it is for."""
+        return f"backend {', '.join(self.alone)}" if self.alone else self.needs.name
+
     def fits(self, backend: Backend, caps: Capabilities) -> bool:
         """Whether a backend can have this race."""
         return self.needs(caps) and (not self.alone or backend.name in self.alone)
@@ -550,7 +555,10 @@ def scenarios() -> dict[str, Scenario]:
         more = load(GROUP, name, "scenarios")
         if not isinstance(more, tuple) or not all(isinstance(one, Scenario) for one in more):
             raise PluginError(f"scenarios {name}: its entry point names no tuple of Scenario")
-        found |= {one.name: one for one in more}
+        for one in more:
+            if one.name in found:
+                raise PluginError(f"scenarios {name}: there is a scenario '{one.name}' already")
+            found[one.name] = one
     return found
 
 
