@@ -258,10 +258,10 @@ class Vcpu:
                 start += good
                 action.done = start
             elif kind == Walk.MISMATCH:
-                leave, _ = yield from self._fault(part(gfns, 0, 1), action.write, True, mismatch=True)
+                leave, _ = yield from self._fault(part(gfns, 0, 1), action.write, action.private, mismatch=True)
                 if leave is not None:
                     return leave
-                tries.again(first(gfns), True, mapped=True)
+                tries.again(first(gfns), action.private, mapped=True)
             elif kind == Walk.UNACCEPTED and self.vm.caps.unaccepted_is_fatal:
                 self.vm.bug(f"the guest touched gfn {first(gfns):#x}, which it has not accepted")
                 return Shutdown(errno.EIO, self.vm.dead_because)

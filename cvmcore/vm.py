@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cvmcore.effects import Lock, Steps, operation
+from cvmcore.effects import Lock, Steps, holding, operation
 from cvmcore.errors import UapiError
 from cvmcore.mem import invalidate
 from cvmcore.mem.attributes import Attributes
@@ -336,19 +336,27 @@ class Vm:
         if not self.caps.honours_notifiers or self.destroyed:
             yield from take_away
             return
-        yield self.notifier_count.read
+        yield from holding(self.notifier_count, self._without_hva_range(hva_page, n, take_away), read=True)
+
+    def _without_hva_range(self, hva_page: int, n: int, take_away: Steps[None]) -> Steps[None]:
         self.active_count += 1
         ranges = self.slots.in_hva_range(hva_page, n)
-        if ranges:
-            kinds = self.host.contract.kinds(Cause.NOTIFIER, Filter.SHARED)
-            callback = invalidate.callback_of(self, ranges, Cause.NOTIFIER)
-            zapped = yield from invalidate.begin(self, ranges, kinds, callback=callback)
-            yield from self.host.ops.call("memory_reclaimed", vm=self, nr_pages=zapped)
-        yield from take_away
-        if ranges:
+        opened, failed = False, None
+        try:
+            if ranges:
+                kinds = self.host.contract.kinds(Cause.NOTIFIER, Filter.SHARED)
+                callback = invalidate.callback_of(self, ranges, Cause.NOTIFIER)
+                zapped = yield from invalidate.begin(self, ranges, kinds, callback=callback)
+                opened = True
+                yield from self.host.ops.call("memory_reclaimed", vm=self, nr_pages=zapped)
+            yield from take_away
+        except UapiError as error:
+            failed = error
+        if opened:
             yield from invalidate.end(self, ranges)
         self.active_count -= 1
-        yield self.notifier_count.release
+        if failed is not None:
+            raise failed
 
     def release(self) -> Steps[None]:
         """The VMM's address space goes away (kvm_flush_shadow_all): all direct roots are zapped, invalid ones included,

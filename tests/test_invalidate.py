@@ -656,6 +656,38 @@ def test_a_split_that_fails_leaves_everything_unchanged(edge: str, reason: Any, 
         box.check_mirror()
 
 
+def test_no_memory_for_a_split_that_became_due_while_the_lock_was_waited_for() -> None:
+    """Tables are taken before mmu_lock: the one that was there for the head goes back where the tail gets none."""
+    box = Box(MIRROR, 4 * 512, backing="2m")
+    box.touch(600)
+    steps = invalidate.begin(box.vm, [(box.vm.slots.by_id[0], 700, 1600)], Filter.PRIVATE)
+    assert next(steps) == box.vm.mmu_lock.all[0].write
+    box.touch(1800)
+    tables = box.host.frames.outstanding()[Use.TABLE] - 1
+    left = box.host.frames.alloc(box.host.frames.available, Use.META)
+
+    raises(errno.ENOMEM, lambda: drain(steps))
+
+    assert box.host.frames.outstanding()[Use.TABLE] == tables
+    assert box.idle
+    box.host.frames.free(left)
+    box.check_mirror()
+
+
+def test_a_callback_that_cannot_split_ends_the_notifier() -> None:
+    """The callback that hears nothing zaps private pages as well; where it fails, nothing is left open or counted."""
+    box = Box(MIRROR, 1024, backing="2m", policies={"invalidation": "untold"})
+    box.touch(sel(5, 600))
+    box.hw.refuse_at("split_private_spt", 512, Retry())
+
+    raises(errno.EAGAIN, lambda: box.process.migrate_pages(box.hva, 700 * PAGE))
+
+    assert box.idle
+    assert box.vm.active_count == 0
+    assert box.read(sel(5, 600)) == [1005, 1600]
+    assert box.process.migrate_pages(box.hva, 700 * PAGE) == 0
+
+
 # ---- guest_memfd: PUNCH_HOLE ----------------------------------------------------------------------------------------
 
 

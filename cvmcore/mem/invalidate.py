@@ -58,7 +58,11 @@ def begin(
     while True:
         # Tables for the splits are taken before the lock; what must be split may change until it is held.
         mirrors = [root for root in roots if root.mirror and vm.caps.zap_destroys_content]
-        tables.topup(sum(splits(root, r[1], r[2]) for root in mirrors for r in ranges))
+        try:
+            tables.topup(sum(splits(root, r[1], r[2]) for root in mirrors for r in ranges))
+        except UapiError:
+            tables.give_back()  # what an earlier round took
+            raise
         yield from write(locks)
         if sum(splits(root, r[1], r[2]) for root in mirrors for r in ranges) <= count(tables.spare):
             break
@@ -241,7 +245,6 @@ def bound_ranges(file: GmemFile, start: int, n: int) -> list[Range]:
 
 def punch_hole(inode: GmemInode, start: int, n: int) -> Steps[int]:
     """kvm_gmem_punch_hole: zap every binding, give the folios back by pfn, close the frames. Returns pages freed."""
-
 
     def punch() -> Steps[int]:
         opened = yield from _begin_all(inode, start, n, Cause.PUNCH_HOLE)

@@ -471,6 +471,12 @@ class Stage2:
             self.covered = min(len(self.pages), self.end_gfn)
         return gfns
 
+    def invalidated(self, pages: Sel) -> None:
+        """No TLB has a translation of these 4K pages any more."""
+        if self.stale:
+            left = np.setdiff1d(np.concatenate([array_of(some) for some in self.stale]), array_of(pages))
+            self.stale = [left] if len(left) else []
+
     def leaves(self, gfns: Sel) -> Words:
         """The entry that translates each 4K gfn, a block's as if it were of pages. Needs `cover`; may be a view."""
         words = take(self.pages, gfns)
@@ -1797,6 +1803,7 @@ class Hyp:
             np.subtract.at(self.share_count, array_of(frames), np.uint32(1))
         alone = take(self.share_count, frames) == 0
         self.frame[where(frames, alone)] ^= move.want ^ move.result
+        stage2.invalidated(expand(gfns, order))
         if order:
             stage2.blocks[blocks(gfns, order)] = 0
             stage2.nr_blocks -= n

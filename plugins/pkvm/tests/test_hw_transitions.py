@@ -666,6 +666,22 @@ def test_rights_and_age(make_rig: Any) -> None:
     hyp.check_legal()
 
 
+def test_unshare_invalidates_what_wrprotect_left_in_tlbs(make_rig: Any) -> None:
+    """An unmapped page is invalidated before the call returns; what is mapped there next has its own rights."""
+    page = Page(make_rig(), "plain")
+    hyp, cpu, np_vm = page.hyp, page.np_cpu, page.np
+    assert hyp.host_share_guest(cpu, run(1, 3), run(0, 3), 1, Prot.RWX).ok
+    assert hyp.host_share_guest(cpu, run(512, 1), run(512, 1), 512, Prot.RWX).ok
+    assert hyp.wrprotect(np_vm, run(0, 3), 1).ok and hyp.wrprotect(np_vm, run(512, 1), 512).ok
+    assert hyp.guest_access(cpu, np.array([0, 1, 2, 700]), write=True).status == 0, "by a TLB, if it can"
+
+    assert hyp.host_unshare_guest(np_vm, run(1, 1), 1).ok and hyp.host_unshare_guest(np_vm, run(512, 1), 512).ok
+    assert hyp.host_share_guest(cpu, run(5, 1), run(1, 1), 1, Prot.R).ok
+    assert hyp.host_share_guest(cpu, run(512, 1), run(512, 1), 512, Prot.R).ok
+
+    assert hyp.guest_access(cpu, np.array([0, 1, 2, 700]), write=True).status.tolist() == [0, 1, 0, 1]
+
+
 def test_same_frame_at_two_gfns(make_rig: Any) -> None:
     """One batch may unshare a frame twice, where an np guest maps it twice, and share one page with hyp but once."""
     rig = make_rig()

@@ -140,6 +140,20 @@ def test_a_2m_mapping_of_a_broken_entry_is_split_by_the_common_fault():
     assert vm.tdp.direct.level_at(7) == vm.tdp.direct.level_at(500) == 1
 
 
+@pytest.mark.parametrize("backing", ["4k", "2m"])
+def test_a_write_of_a_private_page_through_the_shared_alias_asks_user_space_to_convert(backing):
+    """C=0 needs a page of the hypervisor, else #NPF(RMP), whose error code has no ENC bit: a shared access to what the
+    attribute says is private, so a memory-fault exit, and nothing for sev_handle_rmp_fault to break."""
+    m = machine("snp", backing=backing)
+    m.guest.write(run(0, 512))
+
+    leave = m.vcpus[0].run(Touch(run(3, 4), write=True, private=False, stamps=9))
+
+    assert isinstance(leave, MemoryFault) and (leave.gfn, leave.private) == (3, False)
+    assert not m.host.meter.ops.get("PSMASH")
+    assert m.guest.check() == []
+
+
 def test_a_conversion_that_user_space_interrupts_goes_on_where_it_was():
     """Pages that the attribute says are shared cannot be mapped to be rescinded: user space is asked, once each."""
     m = machine("snp")

@@ -81,6 +81,7 @@ CHUNK_BYTES = 256
 """What one MR.EXTEND measures."""
 
 _RESERVE = 1 << 24
+_CACHED_PIECE = 1 << 20
 """Address space for the 4K entries of a TD at first use (64 GiB of guest); doubled when a gfn lies beyond."""
 
 
@@ -1805,9 +1806,7 @@ class TdxModule:
         else:
             for key in waiting:
                 key.to_write_back.discard(package)
-            cached = self._cached[: self._cached_below]
-            gone = [hkid for hkid, key in self.kot.items() if key in waiting and not key.to_write_back]
-            cached[np.isin(cached, gone)] = 0
+            self._forget_lines([hkid for hkid, key in self.kot.items() if key in waiting and not key.to_write_back])
         yield self.kot_lock.release
         return status
 
@@ -1894,6 +1893,14 @@ class TdxModule:
             self._cached[pages] = hkid
             highest = last(pages) if isinstance(pages, slice) else int(pages.max())
             self._cached_below = max(self._cached_below, highest + 1)
+
+    def _forget_lines(self, hkids: list[int]) -> None:
+        """No cache has lines under these keys any more."""
+        for low in range(0, self._cached_below if hkids else 0, _CACHED_PIECE):
+            cached = self._cached[low : min(low + _CACHED_PIECE, self._cached_below)]
+            if np.count_nonzero(cached):
+                for hkid in hkids:
+                    cached[cached == hkid] = 0
 
     # ---- the guest's side -------------------------------------------------------------------------------------
 

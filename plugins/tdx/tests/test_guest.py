@@ -372,3 +372,21 @@ def test_a_page_that_left_the_td_is_the_hosts_once_it_is_flushed_and_cleared(new
         assert m.host_access(run(60, 2), True) is left
         assert m.host_access(run(60, 2), False) is HostVerdict.OK
         world.check()
+
+
+def test_cache_wb_writes_back_the_lines_of_all_pages_that_left_the_td(new_world: Any) -> None:
+    """TDH.PHYMEM.CACHE.WB, once for each package, is for every line under the HKID, wherever in memory it is."""
+    world = new_world(nr_frames=(1 << 21) + 512).run()
+    pages = np.array([60, (1 << 20) + 5, (1 << 21) + 7])
+    world.map(run(0, 3), pages)
+    world.block(run(0, 3))
+    world.track()
+    m = world.module
+    world.done(m.tdh_mem_page_remove(world.tdr, 0, run(0, 3)), 3)
+    world.memory.clear(pages)
+    for pfn in pages.tolist():
+        assert m.host_access(run(pfn, 1), True) is HostVerdict.POISONED
+
+    world.end()
+
+    assert m.host_access(pages, True) is HostVerdict.OK
