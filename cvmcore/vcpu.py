@@ -130,6 +130,8 @@ class Tries:
         self.vm = vm
         self.gfn = -1
         self.retries = self.mapped = 0
+        self.block = -1
+        """The last 2M block whose first page was faulted in alone (`Vcpu._before_mismatch`)."""
 
     def again(self, gfn: int, private: bool, *, mapped: bool = False) -> None:
         """The page is tried once more: the fault was overtaken (RETRY), or has `mapped` or mended it, and the walk will
@@ -242,6 +244,7 @@ class Vcpu:
                     lost = where(lost, status[:missing] == Walk.MISS)
                 if action.private and self.vm.caps.needs_accept:
                     lost = part(lost, 0, (yield from self._accepted_before(lost, action.write)))
+                lost = self._before_mismatch(lost, tries)
                 leave, done = yield from self._fault(lost, action.write, action.private)
                 if leave is not None:
                     if done == count(lost):
@@ -360,6 +363,29 @@ class Vcpu:
         if isinstance(access.status, int):
             return 1 if access.status == Walk.UNACCEPTED else n
         return max(1, _leading(access.status != Walk.UNACCEPTED, 0, n, True))
+
+    def _before_mismatch(self, gfns: Sel, tries: Tries, small: bool = False) -> Sel:
+        """The leading missing pages to fault in at once, where mending a mismatch zaps 2M from the page on.
+
+        The trusted table may disagree about the first page of a block that cannot be mapped as large as the host backs
+        it, or that the guest accepts in `small` pages. One by one nothing behind that page would be mapped by then.
+        """
+        vm = self.vm
+        if vm.host.backing_level == PG_LEVEL_4K or not vm.host.ops.has("after_fault"):
+            return gfns
+        slot = vm.slots.find(first(gfns))
+        if slot is None or slot.gmem is None:
+            return gfns
+        block = array_of(part(gfns, 0, _below(gfns, slot.end_gfn))) >> order_of(PG_LEVEL_2M)
+        begins = np.flatnonzero(np.diff(block, prepend=-1))
+        alone = block[begins] > tries.block
+        if not small:
+            alone &= slot.lpage[PG_LEVEL_2M][block[begins] - (slot.base_gfn >> order_of(PG_LEVEL_2M))] != 0
+        if not np.count_nonzero(alone):
+            return gfns
+        at = int(begins[np.argmax(alone)])
+        tries.block = int(block[at])
+        return part(gfns, 0, at + 1)
 
     def _content(self, action: Touch, start: int, gfns: Sel, pfns: Sel) -> None:
         """The access itself: content through the VM's key, or plain."""
@@ -502,9 +528,10 @@ class Vcpu:
             gfns = self._pending = rest
             if kind == Walk.MISS:
                 ceiling = level if self.vm.caps.fault_tells_accept_level else PG_LEVEL_1G
-                leave, moved = yield from self._fault(part(gfns, 0, same), True, True, max_level=ceiling)
+                lost = self._before_mismatch(part(gfns, 0, same), tries, small=level == PG_LEVEL_4K)
+                leave, moved = yield from self._fault(lost, True, True, max_level=ceiling)
                 if leave is not None:
-                    if moved == same:
+                    if moved == count(lost):
                         return leave
                     # Pages before the one that leaves are complete, as they would be one by one.
                     earlier = yield from self._accept_pages(part(rest, 0, moved), level)
