@@ -73,6 +73,9 @@ STUCK = 1_000
 IN_VAIN = 50
 """Times that one page is mapped, or mended, and then missed again, after which somebody is at fault."""
 
+_NOT_ASKED = 0xFF
+"""Of a page that is mapped, and whose turn to be accepted comes in a later round."""
+
 
 @attrs.define(eq=False)
 class Action:
@@ -526,16 +529,25 @@ class Vcpu:
                 kind = int(statuses[0])
                 same = _leading(statuses, 0, left, kind)
             gfns = self._pending = rest
+            if kind == _NOT_ASKED:
+                continue
             if kind == Walk.MISS:
                 ceiling = level if self.vm.caps.fault_tells_accept_level else PG_LEVEL_1G
-                lost = self._before_mismatch(part(gfns, 0, same), tries, small=level == PG_LEVEL_4K)
+                lost = part(gfns, 0, same)
+                if not isinstance(access.status, int) and same < left:
+                    # Pages in between that are mapped wait for their turn.
+                    missing = statuses == Walk.MISS
+                    upto = _leading(missing | (statuses == _NOT_ASKED), 0, left, True)
+                    lost = where(part(gfns, 0, upto), missing[:upto])
+                lost = self._before_mismatch(lost, tries, small=level == PG_LEVEL_4K)
                 leave, moved = yield from self._fault(lost, True, True, max_level=ceiling)
                 if leave is not None:
                     if moved == count(lost):
                         return leave
                     # Pages before the one that leaves are complete, as they would be one by one.
-                    earlier = yield from self._accept_pages(part(rest, 0, moved), level)
-                    self._pending = _joined(self._pending, part(rest, moved, left))
+                    before = _position(rest, first(part(lost, moved, moved + 1)))
+                    earlier = yield from self._accept_pages(part(rest, 0, before), level)
+                    self._pending = _joined(self._pending, part(rest, before, left))
                     return earlier or leave
                 tries.again(first(gfns), True, mapped=moved > 0)
             elif kind == Walk.MISMATCH:
@@ -574,12 +586,12 @@ class Vcpu:
                 return Access(int(Walk.MISS), EMPTY)
             status, pfns, levels = root.lookup(gfns, True)
             if not isinstance(status, int):
-                # Leading mapped pages first, else leading misses.
-                n = _leading(status, 0, len(status), int(status[0]))
+                # Leading mapped pages first, else what misses.
                 if status[0] != Walk.OK:
-                    return Access(np.where(np.arange(count(gfns)) < n, status[0], np.uint8(Walk.MISS)), EMPTY)
+                    return Access(np.where(status == Walk.OK, np.uint8(_NOT_ASKED), status), EMPTY)
+                n = _leading(status, 0, len(status), Walk.OK)
                 access = yield from self._accept_once(part(gfns, 0, n), level)
-                whole = np.full(count(gfns), Walk.MISS, np.uint8)
+                whole = np.full(count(gfns), _NOT_ASKED, np.uint8)
                 whole[:n] = access.status
                 return Access(whole, EMPTY)
             if status != Walk.OK:
@@ -587,7 +599,7 @@ class Vcpu:
             if not isinstance(levels, int):
                 n = _leading(levels, 0, len(levels), int(levels[0]))
                 access = yield from self._accept_once(part(gfns, 0, n), level)
-                whole = np.full(count(gfns), Walk.MISS, np.uint8)
+                whole = np.full(count(gfns), _NOT_ASKED, np.uint8)
                 whole[:n] = access.status
                 return Access(whole, EMPTY)
             map_level = levels

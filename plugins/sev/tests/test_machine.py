@@ -126,6 +126,36 @@ def test_part_of_a_2m_page_is_shared_by_way_of_kvms_fault_handler():
     assert m.guest.check() == []
 
 
+@pytest.mark.parametrize(
+    ("shared", "mapped", "gfns", "backing"),
+    [
+        ([311, 900], [], run(0, 300), "2m"),
+        ([700], [], run(300, 400), "2m"),
+        ([], [], run(451, 700), "2m"),
+        ([], [20, 21, 40], run(10, 40), "4k"),
+        ([], [20, 600], run(0, 1000), "2m"),
+    ],
+    ids=["mixed block", "from the middle", "into the next block", "some are mapped", "some blocks are mapped"],
+)
+def test_a_batch_that_is_accepted_costs_what_its_pages_do_one_by_one(shared, mapped, gfns, backing):
+    """A mismatch ends in a zap of 2M from the page on: nothing behind it was faulted in before. What user space has
+    faulted in (KVM_PRE_FAULT_MEMORY) is not faulted again."""
+    costs = []
+    for calls in ([gfns], [run(gfn, 1) for gfn in range(gfns.start, gfns.stop)]):
+        m = machine("snp", backing=backing)
+        for gfn in shared:
+            m.set_private(run(gfn, 1), False)
+        for gfn in mapped:
+            m.vcpus[0].pre_fault_memory(gfn << 12, 1 << 12)
+        total = {}
+        for call in calls:
+            leave, cost = spent(m, Accept(call))
+            assert leave is None
+            total = {name: total.get(name, 0) + cost.get(name, 0) for name in total | cost}
+        costs.append({name: n for name, n in total.items() if n})
+    assert costs[0] == costs[1]
+
+
 def test_a_2m_mapping_of_a_broken_entry_is_split_by_the_common_fault():
     """Somebody has broken the entry, and the mapping is still large, which row 8 of the invariants sees: the handler
     finds 4K and takes it for spurious."""
