@@ -437,7 +437,10 @@ class Vcpu:
             yield from self._mend(first(gfns))
         if vm.dead:
             return Shutdown(errno.EIO, vm.dead_because), done
-        yield from self._enter()
+        try:
+            yield from self._enter()
+        except UapiError as error:
+            return Shutdown(error.errno, error.why), done  # what the guest has done so far stays done
         yield GUEST
         return None, done
 
