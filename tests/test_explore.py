@@ -63,6 +63,7 @@ def pairs() -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("one", "backend"), pairs())
 def test_scenario_holds(one: Scenario, backend: Backend) -> None:
     """No order breaks anything."""
@@ -72,6 +73,7 @@ def test_scenario_holds(one: Scenario, backend: Backend) -> None:
     assert found.situations > found.ends >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("one", "backend"), pairs())
 def test_twin_has_the_race(one: Scenario, backend: Backend) -> None:
     """With what closes it switched off the race is found, and its schedule leads to it again."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from cvmcore.testing.conformance import conformance
+
+pytestmark = pytest.mark.slow
 
 test_pkvm = conformance("pkvm")

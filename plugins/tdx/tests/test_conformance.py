@@ -7,10 +7,11 @@ import pytest
 from cvmcore.plugins import load_backend
 from cvmcore.testing.conformance import CHECKS, Setting, conformance, run_check
 
+pytestmark = pytest.mark.slow
+
 test_tdx = conformance("tdx")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("merge", ["none", "block"])
 def test_every_try_lock_of_large_pages_is_busy(merge: str) -> None:
     """All of them, of which the suite takes a few: large pages are split, and merged."""
