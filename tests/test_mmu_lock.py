@@ -134,6 +134,7 @@ def test_conversions_still_wait_for_slots_lock() -> None:
 # ---- right as before ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [SWPROT, MIRROR], ids=["swprot", "mirror"])
 def test_same_result_with_either(backend: Backend) -> None:
     """A day in the life of a VM: the same content, counts and time, with the lock order checked."""
@@ -152,6 +153,7 @@ def test_same_result_with_either(backend: Backend) -> None:
     assert told[0] == told[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [SWPROT, MIRROR], ids=["swprot", "mirror"])
 @pytest.mark.parametrize("hole", [run(GIB, 1), run(GIB - 1, 1)], ids=["same shard", "other shard"])
 def test_every_order_of_a_fault_and_a_hole(backend: Backend, hole: Any) -> None:

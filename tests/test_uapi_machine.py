@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import numpy as np
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
@@ -31,6 +32,20 @@ def test_a_number_is_an_action_with_its_arguments() -> None:
         assert largest * len(machine.actions) <= PICKS
         last = action.arguments(largest - 1)
         assert all(last[name] is values[-1] or last[name] == values[-1] for name, values in action.choices.items())
+    machine.teardown()
+
+
+def test_of_two_gfns_that_show_one_page_the_last_write_stays() -> None:
+    """Two slots over the same memory of the VMM, of which the upper was made first: gfns are written in order."""
+    machine = uapi_machine(SWPROT)()
+    for base, page in (1536, 1536), (1024, 1280):
+        machine.fill_gap(base=base, npages=512, skew=page - base, pick=0, with_file=False)
+    slots = [(slot.base, slot.page, slot.npages) for slot in machine.slots.values()]
+    assert slots == [(0, 0, 1024), (1536, 1536, 512), (1024, 1280, 512)]
+
+    machine.write(gfns=np.arange(1024, 2048), vcpu=0, private=False)
+    machine.content_is_intact()
+    machine.read(gfns=np.arange(1024, 2048), vcpu=0, private=False)
     machine.teardown()
 
 

@@ -358,9 +358,9 @@ class UapiMachine(RuleBasedStateMachine):
         return slot.gmem_only or (private and self.caps.private_by_attribute)
 
     def at_slots(self, gfns: IntArray) -> Iterator[tuple[Slot, IntArray]]:
-        """The slots that gfns lie in, each with the positions of those in it."""
+        """The slots that gfns lie in, each with the positions of those in it; in their order: two may show one page."""
         owner = self.owner[gfns]
-        for slot in self.slots.values():
+        for slot in sorted(self.slots.values(), key=lambda slot: slot.base):
             at = np.flatnonzero(owner == slot.id)
             if len(at):
                 yield slot, at

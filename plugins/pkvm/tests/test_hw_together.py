@@ -203,6 +203,7 @@ class Everybody:
                 assert len(vms) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("design", LOCK_DESIGNS)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(history=st.lists(STEPS, min_size=1, max_size=20))
