@@ -55,7 +55,7 @@ class HardwareError(CvmError):
 class InvariantViolation(Exception):
     """Something that must always hold does not. Carries what a person needs to find out why.
 
-    `number` is the invariant of docs/invariants (0 where a plain assertion of the model failed).
+    `number` is that of `cvmcore.testing.invariants` (0 where a plain assertion of the model failed).
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 from cvmcore.backend import Backend
 from cvmcore.backends.swprot import SWPROT, SwProt
 from cvmcore.cli import main
+from cvmcore.errors import UapiError
 from cvmcore.hookspecs import HOOKS, hookimpl
+from cvmcore.pages import each
 from cvmcore.testing.conformance import CHECKS, Setting, conformance, run_check, settings_of
 from cvmcore.testing.machine import run_machine, uapi_machine
 from cvmcore.types import Capabilities, Fatal, InstallResult, Stopped
@@ -93,6 +96,75 @@ def test_a_failing_run_of_the_machine_can_be_played_again(tmp_path: Path, capsys
     assert main(["uapi", str(path), "--backend", "swprot", "--check"]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(answers) == sum(not line.startswith("#") for line in script)
+
+
+def test_a_check_that_fails_can_be_played_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the random calls alone: `--script` has those of any check, up to the one that failed."""
+    monkeypatch.setattr("cvmcore.plugins.load_backend", lambda name: broken())
+    path = tmp_path / "failed.jsonl"
+
+    assert main(["check", "broken", "-k", "content.touch", "-x", "--script", str(path)]) == 1
+
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "# cvm uapi THIS --backend broken --backing 4k --check"
+    capsys.readouterr()
+    assert main(["uapi", str(path), "--backend", "swprot", "--check"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(answers) == len(lines) - 1
+    assert all(answer["status"] == "OK" for answer in answers)
+    assert answers[-1]["op"] == "guest_read"
+
+
+def test_a_check_without_calls_writes_no_script(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cvmcore.plugins.load_backend", lambda name: attrs.evolve(broken(), api_version=0))
+    path = tmp_path / "failed.jsonl"
+
+    assert main(["check", "broken", "-k", "declared", "--script", str(path)]) == 1
+
+    assert "failed.jsonl is not written: no check that failed does so by UAPI calls alone" in capsys.readouterr().err
+    assert not path.exists()
+
+
+class LosesKeys(SwProt):
+    """A key is freed with the VM, unless pages of the VM are still there: then nobody thinks of it again."""
+
+    def __init__(self) -> None:
+        self.keys = set(range(1, 100))
+        self.of_frame: dict[int, int] = {}
+
+    @hookimpl
+    def vm_init(self, vm: Any) -> None:
+        if not self.keys:
+            raise UapiError(errno.ENOSPC, "KVM_CREATE_VM", "no key is left")
+        vm.arch = self.keys.pop()
+
+    @hookimpl
+    def gmem_prepare(self, vm: Any, pfns: Any) -> None:
+        self.of_frame.update(dict.fromkeys(each(pfns), vm.arch))
+
+    @hookimpl
+    def gmem_invalidate(self, pfns: Any) -> Any:
+        for pfn in each(pfns):
+            self.of_frame.pop(pfn, None)
+        return pfns
+
+    @hookimpl
+    def vm_destroy(self, vm: Any) -> None:
+        if vm.arch not in self.of_frame.values():
+            self.keys.add(vm.arch)
+
+
+def test_a_key_that_is_lost_where_the_vm_goes_before_its_pages() -> None:
+    """VMs that come and go for ever have used memory: files outlive the VM."""
+    check = next(c for c in CHECKS if c.name == "life.again")
+
+    outcome = run_check(check, attrs.evolve(SWPROT, name="keys", vendor="keys", make=LosesKeys), Setting())
+
+    assert (outcome.status, outcome.why) == ("failed", "UapiError: KVM_CREATE_VM: -ENOSPC: no key is left")
 
 
 def test_hooks_that_the_machine_lets_fail_are_lines_of_its_script() -> None:

@@ -91,7 +91,7 @@ def test_every_step_does_what_the_tutorial_says(tmp_path: Path) -> None:
 
 
 def test_a_broken_backend_is_noticed(tmp_path: Path) -> None:
-    """The tutorial's last paragraph: without RELEASE, an invariant fails."""
+    """The tutorial's end: without RELEASE, an invariant fails, and the calls that lead there can be made again."""
     write("ledger", tmp_path)
     install(tmp_path)
     for _, text in BLOCK.findall(TUTORIAL.read_text(encoding="utf-8")):
@@ -109,6 +109,14 @@ def test_a_broken_backend_is_noticed(tmp_path: Path) -> None:
 
     assert done.returncode == 1
     assert "pfn" in done.stdout
+
+    done = subprocess.run(
+        ["bash", "-c", "cvm check ledger -x --script bad.jsonl; cvm uapi bad.jsonl --backend ledger --check"],
+        cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "FAILED" in done.stdout
+    calls = sum(not line.startswith("#") for line in (tmp_path / "bad.jsonl").read_text().splitlines())
+    assert sum(line.startswith('{"line"') for line in done.stdout.splitlines()) == calls, done.stderr
 
 
 @pytest.mark.parametrize("tool", [["ruff", "check", "--isolated", "--select", "E,F,I,UP,B"], ["mypy", "--strict"]])

@@ -57,8 +57,9 @@ def check(
         for i, (one, setting) in enumerate(asked):
             bar(i, len(asked), f"{one.name} {setting}")
             # Shrinking random calls takes minutes, and tells nothing where a check of a few calls has failed before.
-            shrink = script is not None or all(outcome.status != "failed" for outcome in outcomes)
-            outcomes.append(run_check(one, backend, setting, effort=effort, shrink=shrink))
+            wanted = script is not None and not any(outcome.script for outcome in outcomes)
+            shrink = wanted or all(outcome.status != "failed" for outcome in outcomes)
+            outcomes.append(run_check(one, backend, setting, effort=effort, shrink=shrink, script=wanted))
             if stop and outcomes[-1].status == "failed":
                 break
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
@@ -71,8 +72,11 @@ def check(
     else:
         _show(outcomes)
     if failed:
-        if written and script is None and not as_json:
-            typer.echo(f"the calls that lead to it, for `cvm uapi`: cvm check {name} -k machine -x --script OUT")
+        if script is not None and not written:
+            complain(f"{script} is not written: no check that failed does so by UAPI calls alone")
+        elif script is None and not as_json:
+            first = failed[0].check.name
+            typer.echo(f"the calls that lead to it, for `cvm uapi`: cvm check {name} -k {first} --script OUT")
         complain(f"{name} fails {len(failed)} of {len(outcomes)} checks")
         return WRONG
     return 0

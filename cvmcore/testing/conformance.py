@@ -16,6 +16,7 @@ each other choice of each of its options.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import time
@@ -40,6 +41,7 @@ from cvmcore.testing.faults import ANSWERS, MEMORY, TRY_LOCK, Failures
 from cvmcore.testing.invariants import ALWAYS, Checker, Needs
 from cvmcore.testing.player import Died, Player
 from cvmcore.testing.reach import fingerprint
+from cvmcore.testing.recorder import Recorder, process_of, recording
 from cvmcore.testing.scenarios import scenarios
 from cvmcore.testing.state import peek
 from cvmcore.testing.story import BLOCK, SMALL, Places, Tale, spread
@@ -53,7 +55,7 @@ from cvmcore.types import (
     MemoryFault,
     Use,
 )
-from cvmcore.uapi import FALLOC_FL_KEEP_SIZE, Process
+from cvmcore.uapi import FALLOC_FL_KEEP_SIZE
 from cvmcore.vcpu import Accept, Convert, Touch
 
 SOME = [1, 2, 3, 4, 7, 9, 10, 11, 17, 20]
@@ -277,7 +279,7 @@ def life_nothing(bench: Bench) -> None:
     """A VM that was only made leaves nothing; nor one with vCPUs, nor one that was launched and never ran."""
     for vcpus, launch in ((0, False), (2, False), (0, True), (2, True)):
         host = bench.host()
-        process = Process(host)
+        process = process_of(host)
         if vcpus:
             Player(host, vcpus=vcpus, launch=launch, process=process)
         else:
@@ -358,17 +360,14 @@ def life_again(bench: Bench) -> None:
     """VMs can be made and destroyed for ever: no key, number or frame is used up."""
     host = bench.host(checked=False, drive=Lockdep())
     for turn in range(300):
-        process = Process(host)
+        process = process_of(host)
         process.create_vm()
         process.exit()
         assert not host.frames.leaked(), f"frames are leaked by VM {turn}"
     for _ in range(420):
-        process = Process(host)
-        fd = process.create_vm()
-        fd.set_user_memory_region2(0, 0, 0, PAGE_BYTES, process.mmap(PAGE_BYTES))
-        fd.create_vcpu()
-        fd.launch_finish()
-        process.exit()
+        player = Player(host, 1, vcpus=1)
+        player.write(range(1))
+        player.exit()
     left = {use.name: n for use, n in host.frames.outstanding().items()}
     assert not left and not host.frames.leaked(), f"after 720 VMs are left {left}, {host.frames.leaked()} leaked"
 
@@ -377,7 +376,7 @@ def life_again(bench: Bench) -> None:
 def life_many(bench: Bench) -> None:
     """As many VMs at a time as there can be; the next is refused with an errno, and leaves nothing behind."""
     host = bench.host(checked=False, drive=Lockdep())
-    process = Process(host)
+    process = process_of(host)
     n = 0
     try:
         for n in range(1200):  # noqa: B007
@@ -399,7 +398,7 @@ def life_many(bench: Bench) -> None:
     assert len(keys) == len(set(keys)), "two VMs have one key"
     process.exit()
     assert not host.vms and not host.frames.outstanding()
-    process = Process(host)
+    process = process_of(host)
     for _ in range(min(n, 3)):
         process.create_vm()
     process.exit()
@@ -409,7 +408,7 @@ def life_many(bench: Bench) -> None:
 def life_two(bench: Bench) -> None:
     """Two VMs side by side, then one after the other on the same frames: neither sees or disturbs the other."""
     host = bench.host()
-    one, two = Player(host, process=(process := Process(host))), Player(host, process=process)
+    one, two = Player(host, process=(process := process_of(host))), Player(host, process=process)
     for player in (one, two):
         player.write(range(SMALL))
     for player in (one, two):
@@ -1337,7 +1336,8 @@ def machine(bench: Bench) -> None:
 class Outcome:
     """How a check ended in a setting: "passed", "failed" (why, and the exception) or "skipped" (needs what).
 
-    seconds: of CPU time. script: UAPI calls that lead to the failure, where the check made them up."""
+    seconds: of CPU time. script: UAPI calls that lead to the failure, where the check made them up or was asked for
+    them."""
 
     check: Check
     setting: Setting
@@ -1357,8 +1357,13 @@ def cases(backend: Backend, settings: Iterable[Setting] | None = None) -> Iterat
                 yield one, setting
 
 
-def run_check(one: Check, backend: Backend, setting: Setting, *, effort: int = 1, shrink: bool = True) -> Outcome:
-    """Run one check. Raises nothing that the backend is to blame for."""
+def run_check(
+    one: Check, backend: Backend, setting: Setting, *, effort: int = 1, shrink: bool = True, script: bool = False
+) -> Outcome:
+    """Run one check. Raises nothing that the backend is to blame for.
+
+    script: a check that fails is run again, and the calls that it makes are written down.
+    """
     bench = Bench(backend, setting, effort=effort, shrink=shrink)
     start = time.process_time()
     try:
@@ -1368,8 +1373,20 @@ def run_check(one: Check, backend: Backend, setting: Setting, *, effort: int = 1
             return Outcome(one, setting, "skipped", f"needs the hook {one.hook}")
         one.run(bench)
     except Exception as error:
-        return Outcome(one, setting, "failed", explained(error), time.process_time() - start, error, bench.script)
+        seconds = time.process_time() - start
+        made = bench.script or (_calls_of(one, bench) if script else [])
+        return Outcome(one, setting, "failed", explained(error), seconds, error, made)
     return Outcome(one, setting, "passed", "", time.process_time() - start)
+
+
+def _calls_of(one: Check, bench: Bench) -> list[str]:
+    """The calls of a check that fails up to its failure, as a script; none where it makes none."""
+    setting = bench.setting
+    recorder = Recorder(bench.backend.name, setting.backing, dict(setting.options), dict(setting.policies))
+    with contextlib.suppress(Exception), recording(recorder):
+        one.run(bench)
+        return []
+    return recorder.lines if len(recorder.lines) > 1 else []
 
 
 MADE_UP = ("Failing test case", "Falsifying example")

@@ -18,6 +18,7 @@ import numpy as np
 from cvmcore.errors import InvariantViolation, UapiError
 from cvmcore.host import Host
 from cvmcore.pages import array_of, as_sel
+from cvmcore.testing.recorder import process_of
 from cvmcore.types import (
     KVM_MEM_GUEST_MEMFD,
     KVM_MEM_LOG_DIRTY_PAGES,
@@ -73,7 +74,7 @@ class Player:
         self.host = host
         self.npages = npages
         self.failed = failed if failed is not None else Failed()
-        self.process = process or Process(host)
+        self.process = process or process_of(host)
         self.vm: VmFd = self.until_it_works(lambda: self.process.create_vm(vm_type))
         self.caps = self.vm.vm.caps
         self.two_kinds = self.caps.private_by_attribute or self.caps.confidential
@@ -131,6 +132,7 @@ class Player:
                     raise
                 self.failed.note(error.errno)
                 tries += 1
+                said: object = error
             else:
                 if leave is None:
                     return
@@ -151,7 +153,8 @@ class Player:
                 assert isinstance(leave, MemoryFault | Shutdown)
                 self.failed.note(leave.errno)
                 tries += 1
-            assert tries < TRIES, f"{type(action).__name__} fails for ever, though what made it fail went by"
+                said = leave
+            assert tries < TRIES, f"{type(action).__name__} fails for ever, though what made it fail went by: {said}"
 
     def excepted(self, exception: GuestException) -> None:
         """The guest hears of something that it cannot mend: here nothing may come to that."""
