@@ -42,6 +42,7 @@ _NO_ERRORS = {
 
 ARGUMENTS = {
     "begun": "for how many leading pages of gfns the guest has done its own half already, where its call is replayed",
+    "faults": "for how many pages behind the one that it answered Refault with the call that is replayed faulted, too",
     "reads": "how many reads of an entry to count",
     "blocked": "whether block_private_spt was called for the table",
     "arguments": "by name: what the hook is called with, or the fields of the vendor's structure",

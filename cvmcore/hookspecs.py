@@ -441,9 +441,11 @@ def memory_reclaimed(vm: VmView, nr_pages: int) -> None:
 
 
 @_hook("call", "- (in the guest)", "guest: PVALIDATE + PSC, MapGPA, MEM_SHARE / MEM_UNSHARE")
-def guest_convert(vm: VmView, vcpu: VcpuView, gfns: Sel, private: bool, begun: int) -> ConvertResult:
+def guest_convert(
+    vm: VmView, vcpu: VcpuView, gfns: Sel, private: bool, begun: int, faults: int
+) -> ConvertResult:
     """The guest converts pages. Done(n): finished below KVM. Exit(n): user space must act. Refault(gfn): map, replay.
-    Mismatch(gfn): mend by after_fault, replay. begun: what the call that is replayed had come to.
+    Mismatch(gfn): mend by after_fault, replay. begun and faults: what the call that is replayed had come to.
 
     Without an implementation the core exits to user space for all pages at once.
 

@@ -642,11 +642,13 @@ class Vcpu:
     def _convert(self, action: Convert) -> Steps[ExitReason | None]:
         vm = self.vm
         tries = Tries(vm)
-        while action.done < count(action.gfns):
-            gfns = part(action.gfns, action.done, count(action.gfns))
+        faults, stop = 0, count(action.gfns)
+        leave: ExitReason | None = None
+        while action.done < stop:
+            gfns = part(action.gfns, action.done, stop)
             result = yield from vm.host.ops.call(
                 "guest_convert", count(gfns) - action.begun, vm=vm, vcpu=self, gfns=gfns, private=action.private,
-                begun=action.begun,
+                begun=action.begun, faults=faults,
             )
             if result is None:
                 result = Exit(count(gfns))
@@ -658,15 +660,21 @@ class Vcpu:
                     continue
                 return GuestException(first(gfns), "conversion refused")
             if isinstance(result, Refault | Mismatch):
-                at = _position(gfns, result.gfn)
+                at, start = _position(gfns, result.gfn), action.done
                 pages = result.pages if isinstance(result, Refault) else 1
                 action.done += result.n if isinstance(result, Refault) else 0
                 action.begun = result.begun
-                leave, moved = yield from self._fault(
+                if leave is not None and start + at + 1 == stop:
+                    return leave  # for the page that could not be faulted in
+                left, moved = yield from self._fault(
                     part(gfns, at, at + pages), True, not action.private, mismatch=isinstance(result, Mismatch)
                 )
-                if leave is not None:
-                    return leave
+                if left is not None:
+                    if moved in (0, pages):
+                        return left
+                    # Pages before the one that leaves are converted, as they would be one by one.
+                    leave, stop = left, start + at + moved + 1
+                faults = max(0, moved - (left is not None or moved == pages))
                 tries.again(result.gfn, not action.private, mapped=moved > 0)
                 continue
             action.begun = 0
@@ -675,7 +683,7 @@ class Vcpu:
             chunks = result.exits or _hypercalls(asked)
             vm.host.meter.charge("vm_exit", chunks)
             return MapGpaRange(asked, action.private, chunks)
-        return None
+        return leave
 
 
 def _hypercalls(gfns: Sel) -> int:

@@ -301,15 +301,19 @@ class HvcResult:
     """How a guest's loop of MEM_SHARE or MEM_UNSHARE calls ended.
 
     status: SUCCESS, or what the call that begins at page `done` returned. calls: HVCs made, that one included. at: the
-    page of that call which is why. abort: it is absent, and the call became a stage-2 fault to the host there; the
-    guest will make it again.
+    page of that call which is why. absent: with those behind it so many pages are; the call became a stage-2 fault to
+    the host there, the guest will make it again, and fault on each of them.
     """
 
     status: Smccc
     done: int
     calls: int
     at: int = 0
-    abort: bool = False
+    absent: int = 0
+
+    @property
+    def abort(self) -> bool:
+        return self.absent > 0
 
 
 class _Checks:
@@ -2064,8 +2068,10 @@ class Hyp:
         if not status:
             return HvcResult(Smccc.SUCCESS, done, calls)
         if status == Errno.ENOENT and name == "guest_share_host":
-            vcpu.faults = (part(gfns, at, at + 1), int(Walk.MISS))
-            return HvcResult(Smccc.SUCCESS, done, calls + 1, at, abort=True)
+            there = take(vcpu.vm.stage2.pages, part(gfns, at, count(gfns))) & LEAF_BITS != ABSENT
+            absent = int(np.argmax(there)) if np.count_nonzero(there) else len(there)
+            vcpu.faults = (part(gfns, at, at + absent), int(Walk.MISS))
+            return HvcResult(Smccc.SUCCESS, done, calls + 1, at, absent)
         return HvcResult(Smccc.INVALID_PARAMETER, done, calls + 1, at)
 
     @staticmethod

@@ -516,26 +516,33 @@ class Pkvm:
         return access
 
     @hookimpl
-    def guest_convert(self, vm: VmView, vcpu: VcpuView, gfns: Sel, private: bool) -> Steps[ConvertResult]:
+    def guest_convert(
+        self, vm: VmView, vcpu: VcpuView, gfns: Sel, private: bool, begun: int, faults: int
+    ) -> Steps[ConvertResult]:
         """The guest's loop of MEM_SHARE or MEM_UNSHARE hypercalls, served at EL2; KVM hears of none, unless
         `conversion=exit`, where each pass ends in user space as well."""
-        n, host = count(gfns), vm.host
+        host = vm.host
         if not vm.arch.protected or not vcpu.arch.created:
-            return Done(n)  # there is nothing to convert: the host sees all of the guest's memory
+            return Done(count(gfns))  # there is nothing to convert: the host sees all of the guest's memory
         call = host.hw.mem_unshare if private else host.hw.mem_share
         name = "MEM_UNSHARE" if private else "MEM_SHARE"
-        if n == 1:
+        if faults:
+            self._trap(host, name, faults)
+        rest = part(gfns, begun, count(gfns))
+        alone = count(rest) == 1 and not begun
+        if alone:
             self._trap(host, name)
-        result = yield from self._el2(host, call.steps(vcpu.arch.cpu, gfns, vm.options["batch"]))
-        # A call that fails after others have succeeded is made again, and counted then.
-        refused = result.status != Smccc.SUCCESS
-        if n > 1:
-            self._trap(host, name, result.calls - (refused and result.done > 0))
-        if result.abort:
-            return Refault(first(part(gfns, result.at, n)), result.done)
-        if vm.options["conversion"] == "exit" and result.done:
-            return Exit(result.done)
-        return Done(result.done)
+        result = yield from self._el2(host, call.steps(vcpu.arch.cpu, rest, vm.options["batch"]))
+        done = begun + result.done
+        if not alone:
+            # A call that fails after others have succeeded is made again, and counted then.
+            refused = result.status != Smccc.SUCCESS
+            self._trap(host, name, result.calls - (refused and done > 0))
+        told = vm.options["conversion"] == "exit"
+        if result.absent:
+            gfn = first(part(rest, result.at, count(rest)))
+            return Refault(gfn, pages=result.absent, begun=done) if told else Refault(gfn, done, result.absent)
+        return Exit(done) if told and done else Done(done)
 
     @hookimpl
     def read_private_spte(

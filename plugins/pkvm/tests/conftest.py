@@ -263,8 +263,8 @@ class Core:
     def access(self, gfns: Sel, write: bool = True) -> Any:
         return self.ops.guest_access(self.vm, self.vcpu, gfns, write)
 
-    def convert(self, gfns: Sel, private: bool) -> Any:
-        return self.do(self.ops.guest_convert(self.vm, self.vcpu, gfns, private))
+    def convert(self, gfns: Sel, private: bool, begun: int = 0, faults: int = 0) -> Any:
+        return self.do(self.ops.guest_convert(self.vm, self.vcpu, gfns, private, begun, faults))
 
     def host_access(self, pfns: Sel, mode: HostMode) -> Any:
         return self.do(self.ops.host_access(self.host, pfns, mode))

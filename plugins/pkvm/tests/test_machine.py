@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cvmcore.effects import drain
 from cvmcore.errors import HardwareError, UapiError
@@ -19,7 +21,8 @@ from cvmcore.testing.conformance import Bench, Setting
 from cvmcore.testing.invariants import Checker
 from cvmcore.testing.player import Player
 from cvmcore.types import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, PAGE_BYTES, HostMode, HostVerdict
-from cvmcore.vcpu import Convert, Touch
+from cvmcore.vcpu import Convert, Shutdown, Touch
+from cvmcore_pkvm import hw
 from cvmcore_pkvm.ops import PKVM
 
 BLOCK = 512
@@ -287,6 +290,41 @@ def test_share_of_an_absent_page_faults_it_in() -> None:
     assert w.machine.process.read(w.hva(5), 1)[0] is HostVerdict.OK
     with pytest.raises(GuestError, match="conversion refused"):
         w.guest.convert(run(10, 1), True)
+
+
+def shared_by(
+    there: set[int], conversion: str, batch: str, memlock: int, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, ...]:
+    """All that a guest's loop of MEM_SHARE over 24 gfns, of a slot of 20, comes to."""
+    with monkeypatch.context() as patch:
+        if alone:
+            told = hw.HvcResult
+            patch.setattr(hw, "HvcResult", lambda *args: told(*args[:4], *map(bool, args[4:])))
+        w = World(20, conversion=conversion, batch=batch, memlock=str(memlock))
+        for gfn in sorted(there):
+            w.guest.write(run(gfn, 1))
+        action, leaves = Convert(run(0, 24), private=False), []
+        while len(leaves) < 4 and (leave := w.machine.vcpus[0].run(action)) is not None:
+            leaves.append(leave)
+            w.checker.check(w.vm)
+        vcpu, meter = w.machine.vcpus[0].vcpu, w.host.meter
+        words = w.host.hw.vm_of(0x1000).stage2.pages[:20].tolist()
+        counts = dict(meter.counts)
+        if Shutdown(errno.ENOMEM, "the fault could not be resolved") in leaves:
+            counts.pop("page_clear_4k")  # the VMM's memory of pages behind the one that cannot be pinned is there, too
+        return leaves, action.done, action.begun, words, vcpu.faults, vcpu.exits, meter.ops, counts
+
+
+@pytest.mark.parametrize("conversion", ["el2", "exit"])
+@given(there=st.sets(st.integers(0, 19), max_size=19), batch=st.sampled_from(["1", "4", "64"]), room=st.integers(0, 24))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_absent_pages_are_shared_as_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, conversion: str, there: set[int], batch: str, room: int
+) -> None:
+    """Faulted in together, also where one of them cannot be: the slot ends, or RLIMIT_MEMLOCK does."""
+    memlock = len(there) + room
+    one_by_one = shared_by(there, conversion, batch, memlock, True, monkeypatch)
+    assert shared_by(there, conversion, batch, memlock, False, monkeypatch) == one_by_one
 
 
 def test_a_kernel_that_insists_dies() -> None:

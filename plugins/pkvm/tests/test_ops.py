@@ -119,7 +119,7 @@ def test_share_of_an_absent_page_is_replayed(make_core: Any) -> None:
     core.fault(run(0, 4), run(100, 4))
     core.host.meter.ops.clear()
 
-    assert core.convert(run(0, 8), False) == Refault(4, 4)
+    assert core.convert(run(0, 8), False) == Refault(4, 4, pages=4)
     assert core.host.meter.ops == {"MEM_SHARE": 5}
     assert core.fault(run(4, 1), run(104, 1)) == (1, None)
     assert core.convert(run(4, 1), False) == Done(1)
@@ -137,6 +137,19 @@ def test_share_of_a_range_with_an_absent_page(make_core: Any) -> None:
     assert core.fault(run(4, 1), run(104, 1)) == (1, None)
     assert core.convert(run(0, 5), False) == Done(5)
     assert core.host.meter.ops["MEM_SHARE"] == 2
+
+
+def test_share_of_absent_pages_is_told_when_all_are_shared(make_core: Any) -> None:
+    """With `conversion=exit`, what was shared before a fault is told with what is behind it; each fault is a call."""
+    core = make_core(conversion="exit")
+    core.fault(run(0, 2), run(100, 2))
+    core.host.meter.ops.clear()
+
+    assert core.convert(run(0, 5), False) == Refault(2, pages=3, begun=2)
+    assert core.fault(run(2, 3), run(102, 3)) == (3, None)
+    told = core.convert(run(0, 5), False, begun=2, faults=2)
+    assert isinstance(told, Exit) and told.n == 5
+    assert core.host.meter.ops["MEM_SHARE"] == 3 + 2 + 3
 
 
 def test_refused_call_in_a_batch_counts_once(make_core: Any) -> None:

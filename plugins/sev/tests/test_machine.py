@@ -184,20 +184,23 @@ def test_a_write_of_a_private_page_through_the_shared_alias_asks_user_space_to_c
     assert m.guest.check() == []
 
 
-def test_a_conversion_that_user_space_interrupts_goes_on_where_it_was():
-    """Pages that the attribute says are shared cannot be mapped to be rescinded: user space is asked, once each."""
+@pytest.mark.parametrize("touched", [16, 4], ids=["mapped", "absent"])
+def test_a_conversion_that_user_space_interrupts_goes_on_where_it_was(touched):
+    """Pages that the attribute says are shared cannot be mapped to be rescinded: user space is asked, once each, when
+    those before them are rescinded."""
     m = machine("snp")
-    m.guest.write(run(0, 16))
+    m.guest.write(run(0, touched))
     m.set_private(run(6, 2), False)
     action = Convert(run(4, 6), private=False)
     before = m.host.meter.ops["PVALIDATE"]
-    leaves = []
+    leaves, rescinded = [], []
     while (leave := m.vcpus[0].run(action)) is not None:
         leaves.append(leave)
+        rescinded.append(m.host.meter.ops["PVALIDATE"] - before)
         if isinstance(leave, MemoryFault):
             m.set_private(slice(leave.gfn, leave.gfn + 1, 1), True)
     assert [type(leave) for leave in leaves] == [MemoryFault, MemoryFault, MapGpaRange]
-    assert m.host.meter.ops["PVALIDATE"] - before == 6 and action.begun == 0
+    assert rescinded == [2, 3, 6] and action.begun == 0
 
 
 
