@@ -29,7 +29,7 @@ import numpy as np
 
 from cvmcore.backend import Backend
 from cvmcore.cost import Profile
-from cvmcore.errors import InputError, InvariantViolation, UapiError
+from cvmcore.errors import CvmError, InputError, InvariantViolation, UapiError
 from cvmcore.events import Event
 from cvmcore.hookspecs import API_VERSION, HOOKS
 from cvmcore.host import Host
@@ -1401,13 +1401,15 @@ def explained(error: BaseException) -> str:
         text = str(error) or _line_of(error)
     else:
         text = f"{type(error).__name__}: {error}"
+        if not isinstance(error, CvmError):  # nobody meant to raise it
+            text += f", in {_line_of(error)}"
     said = itertools.takewhile(lambda note: not note.startswith(MADE_UP), getattr(error, "__notes__", []))
     notes = " ".join(note for note in said if len(note) < 200)
     return " ".join(f"{text} {notes}".split())
 
 
 def _line_of(error: BaseException) -> str:
-    """Where an assertion without words stands."""
+    """Where an assertion without words stands, or what nobody expected was raised."""
     import traceback
 
     frame = traceback.extract_tb(error.__traceback__)[-1]
