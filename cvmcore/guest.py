@@ -29,6 +29,7 @@ from cvmcore.pages import (
     part,
     pieces,
     shift,
+    small_pages,
     take,
     where,
     zeros,
@@ -74,6 +75,7 @@ class GuestError(CvmError):
 
 def stamps_for(gfns: Sel, version: int) -> Words:
     """What the guest writes to these gfns in its `version`-th write: differs by gfn and by write, never 0."""
+    gfns = small_pages(gfns)
     n = count(gfns)
     if isinstance(gfns, slice) and n <= len(_RAMP):
         low = (gfns.start + version * _STEP) & _MASK
@@ -165,6 +167,7 @@ class Guest:
 
     def _whole_blocks(self, gfns: Sel) -> Sel:
         """The heads of the aligned 2M blocks that the gfns cover wholly."""
+        gfns = small_pages(gfns)
         if isinstance(gfns, slice):
             low, high = -(-gfns.start // PAGES_2M), gfns.stop // PAGES_2M
             return slice(low << 9, max(low, high) << 9, PAGES_2M)
@@ -427,6 +430,7 @@ def _nonzero(pfns: npt.NDArray[np.int64]) -> list[Sel]:
 
 def _ranges(gfns: Sel, chunk: int = 512) -> list[tuple[int, int]]:
     """Contiguous ranges [low, high) of the gfns, none crossing a multiple of `chunk`."""
+    gfns = small_pages(gfns)
     if isinstance(gfns, slice):
         whole = [(gfns.start, gfns.stop)] if count(gfns) else []
     else:

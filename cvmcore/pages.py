@@ -103,6 +103,11 @@ def as_sel(pages: npt.ArrayLike) -> Sel:
     return array
 
 
+def small_pages(sel: Sel) -> Sel:
+    """4K pages as a selector. A slice may leave some out; elsewhere a step says how large pages are."""
+    return as_sel(array_of(sel)) if isinstance(sel, slice) and sel.step not in (None, 1) else sel
+
+
 def contiguous(pages: npt.NDArray[Any], step: int = 1) -> Sel:
     """Pages in any order as a selector: a run if each is `step` above the one before, else the array itself."""
     n = len(pages)

@@ -37,6 +37,7 @@ from cvmcore.pages import (
     part,
     pieces,
     shift,
+    small_pages,
     take,
     where,
 )
@@ -84,6 +85,9 @@ class Action:
     gfns: Sel
     done: int = 0
 
+    def __attrs_post_init__(self) -> None:
+        self.gfns = small_pages(self.gfns)
+
     @property
     def left(self) -> int:
         """How many pages are still to do."""
@@ -112,6 +116,10 @@ class Accept(Action):
 
     level: int = PG_LEVEL_4K
     small: Sel = EMPTY
+
+    def __attrs_post_init__(self) -> None:
+        if self.level == PG_LEVEL_4K:
+            self.gfns = small_pages(self.gfns)
 
     @property
     def left(self) -> int:

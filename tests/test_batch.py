@@ -23,9 +23,12 @@ import cvmcore.pages
 from cvmcore.backend import Backend
 from cvmcore.backends.default import DEFAULT
 from cvmcore.backends.swprot import SWPROT
+from cvmcore.guest import Machine, stamps_for
+from cvmcore.host import Host
 from cvmcore.mem.tdp import TABLE
 from cvmcore.pages import Sel, array_of, part, sort_unique
-from cvmcore.types import ExitReason, Fatal, MemoryFault, Retry, Use
+from cvmcore.runner import load_profile_for
+from cvmcore.types import PAGE_BYTES, ExitReason, Fatal, MemoryFault, Retry, Use
 
 PAGES = 3 * 512 + 100
 """The last block is not whole."""
@@ -47,6 +50,30 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cvmcore.pages, "PIECE_SCATTERED", 16)
     monkeypatch.setattr(cvmcore.pages, "PIECE_RUN", 48)
     monkeypatch.setattr(cvmcore.mem.tdp, "PIECE_RUN", 600)
+
+
+# ---- what a batch may be --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+def test_a_slice_may_leave_pages_out(backend: Backend) -> None:
+    """Every second page converted there and back, written and punched: nothing happens to those between."""
+    host = Host(backend, load_profile_for(backend, None), nr_frames=1 << 12)
+    machine = Machine(host, 2 * 512 * PAGE_BYTES)
+    machine.launch()
+    guest, every, odd = machine.guest, slice(0, 64, 2), np.arange(1, 64, 2)
+    guest.write(slice(0, 64, 1))
+    before = guest.written[odd].tolist()
+
+    for private in (False, True):
+        guest.convert(every, private)
+        assert guest.check() == []
+    guest.write(every)
+    assert guest.read(every).tolist() == stamps_for(np.arange(0, 64, 2), int(guest.written[0])).tolist()
+    guest.written[every] = 0
+    machine.punch(every)
+    assert guest.written[odd].tolist() == before
+    assert guest.check() == []
 
 
 # ---- the state of a machine -----------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from cvmcore.pages import (
     pieces,
     run,
     shift,
+    small_pages,
     sort_unique,
     take,
     where,
@@ -245,6 +246,17 @@ def test_pieces_cover_the_batch_in_order(n: int, step: int) -> None:
     assert [page for low, high in found for page in (low, high)][1:-1:2] == [high for _, high in found[:-1]]
     assert sum(high - low for low, high in found) == n
     assert all(0 < high - low <= size for low, high in found)
+
+
+@SOME
+@given(PAGES, st.integers(0, 60), st.integers(1, 9))
+def test_small_pages_have_no_step(start: int, n: int, step: int) -> None:
+    """A slice may leave pages out; what comes of it is those pages, and a slice only where it leaves out none."""
+    sel = slice(start, start + n * step, step)
+    small = small_pages(sel)
+    assert pages(small) == pages(sel)
+    assert not isinstance(small, slice) or small.step == 1
+    assert small_pages(slice(3, 7)) == slice(3, 7)
 
 
 def test_empty() -> None:
