@@ -20,9 +20,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S")
 
-Steps = Generator["Effect", object, R]
-"""A running operation that will return an R."""
-
 BUSY = object()
 """What a driver sends into an operation whose try-lock was not free."""
 
@@ -47,10 +44,15 @@ class Effect:
 
     @property
     def name(self) -> str:
+        """Of the point; or what is done to which lock."""
         return self._name or f"{self.kind} {self.lock.name if self.lock else ''}".strip()
 
     def __repr__(self) -> str:
         return f"<{self.name}>"
+
+
+Steps = Generator[Effect, object, R]
+"""A running operation that will return an R."""
 
 
 class Lock:

@@ -425,15 +425,25 @@ class HostView(Protocol):
     """The backend's trusted hardware, put there by its host_init."""
 
     @property
-    def nr_frames(self) -> int: ...
+    def nr_frames(self) -> int:
+        """Frames of the machine; pfns are below it."""
+
     @property
-    def frames(self) -> FramesView: ...
+    def frames(self) -> FramesView:
+        """What each frame is used for, and its pins."""
+
     @property
-    def meter(self) -> MeterView: ...
+    def meter(self) -> MeterView:
+        """Where what is done is counted and charged."""
+
     @property
-    def options(self) -> dict[str, Any]: ...
+    def options(self) -> dict[str, Any]:
+        """The backend's options with their values."""
+
     @property
-    def nr_cpus(self) -> int: ...
+    def nr_cpus(self) -> int:
+        """CPUs of the machine."""
+
     @property
     def backing_level(self) -> int:
         """The largest pages that the host backs memory with (PG_LEVEL_*)."""
@@ -446,28 +456,44 @@ class SlotView(Protocol):
     """The backend's own data about the slot (arch memslot metadata)."""
 
     @property
-    def id(self) -> int: ...
+    def id(self) -> int:
+        """Slot number."""
+
     @property
-    def base_gfn(self) -> int: ...
+    def base_gfn(self) -> int:
+        """Its first gfn."""
+
     @property
-    def npages(self) -> int: ...
+    def npages(self) -> int:
+        """4K pages."""
+
     @property
-    def hva(self) -> int: ...
+    def hva(self) -> int:
+        """Where it is in the VMM's memory."""
+
     @property
-    def flags(self) -> int: ...
+    def flags(self) -> int:
+        """KVM_MEM_*."""
+
     @property
-    def has_gmem(self) -> bool: ...
+    def has_gmem(self) -> bool:
+        """Whether a guest_memfd stands behind its private pages."""
 
 
 class VcpuView(Protocol):
     """A vCPU (kernel: struct kvm_vcpu)."""
 
     arch: Any
+    """The backend's own data about the vCPU (VMSA, TDVPS, ...)."""
 
     @property
-    def id(self) -> int: ...
+    def id(self) -> int:
+        """vCPU id."""
+
     @property
-    def vm(self) -> VmView: ...
+    def vm(self) -> VmView:
+        """Its VM."""
+
     @property
     def state(self) -> bytes:
         """Registers that user space gives the vCPU before it first runs, in the vendor's layout; empty: as at reset."""
@@ -484,21 +510,36 @@ class VmView(Protocol):
     """Encryption key of private accesses (ASID, HKID); 0: none. Set by the backend's vm_init."""
 
     @property
-    def id(self) -> int: ...
+    def id(self) -> int:
+        """Number of the VM on its host, from 0."""
+
     @property
-    def vm_type(self) -> str: ...
+    def vm_type(self) -> str:
+        """Name of the VM type."""
+
     @property
-    def host(self) -> HostView: ...
+    def host(self) -> HostView:
+        """The machine."""
+
     @property
-    def caps(self) -> Capabilities: ...
+    def caps(self) -> Capabilities:
+        """What `capabilities` said of it."""
+
     @property
-    def options(self) -> dict[str, Any]: ...
+    def options(self) -> dict[str, Any]:
+        """The backend's options with their values."""
+
     @property
-    def vcpus(self) -> list[Any]: ...
+    def vcpus(self) -> list[Any]:
+        """Its vCPUs (VcpuView) in the order in which they were made."""
+
     @property
-    def slots(self) -> Any: ...
+    def slots(self) -> Any:
+        """Its memslots."""
+
     @property
-    def dead(self) -> bool: ...
+    def dead(self) -> bool:
+        """Whether it was declared dead (KVM_BUG_ON, kvm->vm_bugged)."""
 
     def bug(self, why: str) -> None:
         """KVM_BUG_ON: the VM is dead, all vCPUs are kicked, every later ioctl gives -EIO."""

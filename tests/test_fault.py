@@ -393,6 +393,7 @@ def test_a_fault_that_never_gets_on_is_a_bug_of_the_model() -> None:
         box.touch(3)
 
 
+@pytest.mark.assumes(has_mirror=False)  # the CPU walks the root itself
 def test_a_page_that_is_mapped_in_vain_is_told_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fault says that the page is mapped, and the walk misses it again and again."""
     box = Box(SWPROT, 8)

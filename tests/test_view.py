@@ -97,11 +97,11 @@ def test_what_changes_twice_is_looked_at_again() -> None:
 
     use[pfn] = Use.FREE
     for _ in range(2):  # what failed is not taken as found in order
-        with pytest.raises(InvariantViolation, match="invariant 5:"):
+        with pytest.raises(InvariantViolation, match=r"invariant (5|16):"):
             check(box.vm, view=view)
     use[pfn] = Use.GMEM
     check(box.vm, view=view)
 
     use[box.pfn(4)] = Use.FREE
-    with pytest.raises(InvariantViolation, match="invariant 5:"):
+    with pytest.raises(InvariantViolation, match=r"invariant (5|16):"):
         check(box.vm, view=view)
