@@ -120,11 +120,13 @@ def _show(
             for i, (actor, what) in enumerate(played.steps)
         ]
         say(table(("step", *played.names), rows))
-        typer.echo(f"--replay {written(played.schedule)}")
+        again = f"cvm explore {name} --backend {backend}{' --off' if off else ''} --replay {written(played.schedule)}"
+        typer.echo(f"again: {again}")
     said = ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in figures.items())
-    state = "with its protocol switched off" if off else ""
+    state = " with its protocol switched off" if off else ""
     outcome = f"a race: {why}" if race else "no race"
-    typer.echo(" ".join(f"{name} on {backend} {state}: {said} in {seconds:.1f} s: {outcome}".split()))
+    took = f"{said} in {seconds:.1f} s" if said else f"{seconds:.1f} s"
+    typer.echo(f"{name} on {backend}{state}: {took}: {outcome}")
     if race != off and not replayed:
         complain(f"{name} on {backend}: " + ("a race" if race else "the race that must be there is not found"))
 
