@@ -11,9 +11,10 @@ from fakes import MIRROR
 from cvmcore.backend import Backend
 from cvmcore.backends.swprot import SWPROT, SwProt
 from cvmcore.hookspecs import HOOKS, hookimpl
-from cvmcore.testing.conformance import CHECKS, Bench, Setting, run_check, settings_of
+from cvmcore.testing.conformance import CHECKS, run_check
 from cvmcore.testing.faults import ANSWERS, MEMORY, Failures
 from cvmcore.testing.story import SHORT, Places, Tale, spread
+from cvmcore.testing.workbench import Bench, Setting, settings_of
 
 
 @pytest.mark.parametrize("setting", ["4k", "2m"])

@@ -24,11 +24,11 @@ from cvmcore.backend import Backend
 from cvmcore.errors import UapiError, errno_name
 from cvmcore.host import Host
 from cvmcore.observers import observes
-from cvmcore.testing.conformance import Bench, Setting
 from cvmcore.testing.faults import FailingCall
 from cvmcore.testing.player import PASSING, Died, Failed, Player
 from cvmcore.testing.story import BLOCK, SMALL
 from cvmcore.testing.trusted import calls_made, statuses_of
+from cvmcore.testing.workbench import Bench, Setting
 from cvmcore.types import GuestException
 from cvmcore.uapi import Process
 

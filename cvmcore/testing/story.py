@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -18,11 +18,9 @@ from cvmcore.host import Host
 from cvmcore.testing.faults import MEMORY, TRY_LOCK, Failures
 from cvmcore.testing.player import Died, Failed, Player
 from cvmcore.testing.reach import Kept, fingerprint
+from cvmcore.testing.workbench import Bench
 from cvmcore.types import Capabilities
 from cvmcore.uapi import Process
-
-if TYPE_CHECKING:
-    from cvmcore.testing.conformance import Bench
 
 SMALL = 24
 """Pages of a small VM."""
