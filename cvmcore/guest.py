@@ -107,6 +107,7 @@ class Guest:
 
     @property
     def drive(self) -> Any:
+        """The host's driver, which runs its operations."""
         return self.machine.host.drive
 
     def _versions(self, private: bool) -> Words:
@@ -291,6 +292,7 @@ class Machine:
 
     @property
     def drive(self) -> Any:
+        """The host's driver, which runs its operations."""
         return self.host.drive
 
     def process_gmem(self, size_bytes: int) -> int:

@@ -99,6 +99,7 @@ class Host:
 
     @property
     def nr_frames(self) -> int:
+        """Frames of the machine."""
         return self.frames.nr_frames
 
     def last_events(self) -> tuple[object, ...]:

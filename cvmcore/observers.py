@@ -64,6 +64,7 @@ class Log:
 
     @observes
     def on_event(self, event: Event) -> None:
+        """Write the event down."""
         self.events.append(event)
 
 
@@ -77,6 +78,7 @@ class HookCosts:
 
     @observes
     def on_event(self, event: Event) -> None:
+        """Count the call."""
         if event.kind == "hook" and event.phase == "end":
             self.calls[event.name] = self.calls.get(event.name, 0) + 1
             self.pages[event.name] = self.pages.get(event.name, 0) + event.n
@@ -92,6 +94,7 @@ class FaultInjector:
 
     @observes
     def intercept(self, hook: str, arguments: dict[str, Any]) -> Any:
+        """Answer in the place of the call that is to fail."""
         if hook != self.hook:
             return None
         self.seen += 1

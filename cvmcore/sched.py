@@ -33,6 +33,7 @@ class Held:
         self.locks: list[tuple[Lock, bool]] = []
 
     def take(self, lock: Lock, write: bool) -> None:
+        """A lock is taken; its rank must not be lower than that of any that is held."""
         for held, _ in self.locks:
             if held is lock:
                 raise InvariantViolation(f"{self.owner} takes {lock.name} twice", number=31)
@@ -43,6 +44,7 @@ class Held:
         self.locks.append((lock, write))
 
     def drop(self, lock: Lock) -> None:
+        """A lock is released; it must be held."""
         for i in range(len(self.locks) - 1, -1, -1):
             if self.locks[i][0] is lock:
                 del self.locks[i]
@@ -832,6 +834,7 @@ class Played:
 
     @property
     def schedule(self) -> list[int]:
+        """Whose turn it was, step by step."""
         return [actor for actor, _ in self.steps]
 
 

@@ -102,6 +102,7 @@ class Outcome:
 
     @property
     def flips(self) -> int:
+        """Draws whose verdict is another one."""
         return sum(self.others.values())
 
 

@@ -260,10 +260,12 @@ class MemoryFault:
 
     @property
     def gfn(self) -> int:
+        """Page of the access."""
         return self.gpa >> PAGE_SHIFT
 
     @property
     def private(self) -> bool:
+        """Whether the access was private."""
         return bool(self.flags & KVM_MEMORY_EXIT_FLAG_PRIVATE)
 
 

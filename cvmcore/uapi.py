@@ -159,6 +159,7 @@ class Process:
 
     @property
     def drive(self) -> Any:
+        """The host's driver, which runs its operations."""
         return self.host.drive
 
     # ---- memory of the VMM ------------------------------------------------------------------------------------
@@ -361,6 +362,7 @@ class VmFd:
 
     @property
     def drive(self) -> Any:
+        """The host's driver, which runs its operations."""
         return self.vm.host.drive
 
     def check_extension(self, cap: int) -> int:
@@ -756,6 +758,7 @@ class VcpuFd:
 
     @property
     def drive(self) -> Any:
+        """The host's driver, which runs its operations."""
         return self.vcpu.vm.host.drive
 
     @operation

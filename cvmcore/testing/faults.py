@@ -128,6 +128,7 @@ class FailingCall:
         """Nothing is refused by chance meanwhile."""
 
     def strikes(self) -> bool:
+        """Count a call: whether it is refused."""
         self.seen += 1
         return 0 <= self.seen - self.nth < self.times * (self.nth > 0)
 
@@ -152,6 +153,7 @@ class FailingCall:
         return tuple(part(one, 0, at) if i in batch else one for i, one in enumerate(args))
 
     def install(self, host: Host) -> None:
+        """Take the place of the operation on the hardware of a host."""
         *path, name = self.operation.split(".")
         owner = host.hw
         for attribute in path:

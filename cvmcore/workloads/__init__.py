@@ -74,6 +74,7 @@ class Context:
 
     @property
     def guest(self) -> Guest:
+        """What runs in the VM."""
         return self.machine.guest
 
     @property
