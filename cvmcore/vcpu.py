@@ -678,7 +678,7 @@ class Vcpu:
                     part(gfns, at, at + pages), True, not action.private, mismatch=isinstance(result, Mismatch)
                 )
                 if left is not None:
-                    if moved in (0, pages):
+                    if moved in (0, pages) or vm.dead:
                         return left
                     # Pages before the one that leaves are converted, as they would be one by one.
                     leave, stop = left, start + at + moved + 1

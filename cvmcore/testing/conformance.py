@@ -1111,8 +1111,10 @@ def _plan_touch(player: Player, together: bool) -> None:
 
 
 def _plan_convert(player: Player, together: bool) -> None:
-    player.write(range(40))
-    for gfns, private in ((range(4, 20), False), (range(6, 10), True), ([25, 27, 30], False), (range(12, 18), True)):
+    player.write(range(28))
+    player.write([31, 34])
+    there_and_not = [25, *range(27, 38)]
+    for gfns, private in ((range(4, 20), False), (range(6, 10), True), (there_and_not, False), (range(12, 18), True)):
         if player.two_kinds:
             for some in _each(gfns, together):
                 player.run(Convert(np.array(some, np.int64), private=private))

@@ -1009,8 +1009,9 @@ class UapiMachine(RuleBasedStateMachine):
         if not self.in_place:
             filed = [slot.id for slot in self.slots.values() if slot.file is not None]
             gfns = gfns[np.isin(self.owner[gfns], filed)]
-        if self.caps.needs_accept and not private:
-            gfns = gfns[self.accepted(gfns)]
+        if self.caps.needs_accept:
+            # A guest gives back what it accepted; what it never gave back, it does not ask for, whatever the VMM says.
+            gfns = gfns[self.accepted(gfns) != private]
         if not len(gfns):
             return
         action = Convert(as_sel(gfns), private=private)

@@ -178,6 +178,8 @@ BUGS: tuple[Bug, ...] = (
         "vcpu_free forgets the memcache"),
     Bug("pkvm handle never given back", "pkvm", PKVM, '            yield from self._hcall(host, "__pkvm_unreserve_vm", hyp.unreserve_vm.steps(kvm.handle))\n', "            yield from ()\n",
         "VMs that never ran keep their number"),
+    Bug("pkvm shared pages forgotten by a fault", "pkvm", PKVM, "if told else Refault(gfn, done, result.absent)", "if told else Refault(gfn, 0, result.absent)",
+        "what MEM_SHARE did before an absent page is asked for again"),
     Bug("pkvm kernel page shared for good", "pkvm", PKVM, '            result = yield from self._hcall(host, "__pkvm_host_unshare_hyp", hyp.host_unshare_hyp.steps(page))\n', "            result = Result()\n",
         "struct kvm goes back to the slab while EL2 maps it"),
     Bug("pkvm vCPU still loaded", "pkvm", PKVM, "            if vcpu.created:\n                yield from self._hcall(host, \"__pkvm_vcpu_put\"",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 
+import numpy as np
 import pytest
 
 from cvmcore.errors import InvariantViolation, UapiError
@@ -13,7 +14,7 @@ from cvmcore.pages import run
 from cvmcore.plugins import load_backend
 from cvmcore.runner import load_profile_for
 from cvmcore.testing.invariants import check
-from cvmcore.testing.machine import run_machine
+from cvmcore.testing.machine import run_machine, uapi_machine
 from cvmcore.types import GuestException, MapGpaRange, MemoryFault, Mmio
 from cvmcore.uapi import Process
 from cvmcore.vcpu import Accept, Convert, Touch
@@ -202,6 +203,18 @@ def test_a_conversion_that_user_space_interrupts_goes_on_where_it_was(touched):
     assert [type(leave) for leave in leaves] == [MemoryFault, MemoryFault, MapGpaRange]
     assert rescinded == [2, 3, 6] and action.begun == 0
 
+
+
+def test_a_guest_of_the_state_machine_asks_for_no_page_back_that_it_has():
+    """The VMM alone made some of its pages shared: PVALIDATE would find them valid, and the guest end."""
+    guest = uapi_machine("snp")()
+    guest.write(gfns=np.arange(512, 560), vcpu=0, private=True)
+    guest.set_attributes(run=range(505, 575), private=False)
+    guest.convert(gfns=np.arange(505, 570), vcpu=0, private=True)
+    assert guest.private[505:570].tolist() == [True] * 7 + [False] * 58
+    guest.touch(gfns=np.arange(505, 570), write=True, wrong=False, vcpu=0)
+    guest.content_is_intact()
+    guest.teardown()
 
 
 # ---- unpinned encrypted pages ----------------------------------------------------------------------------------------
