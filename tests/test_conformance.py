@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 import pytest
 
+from cvmcore import plugins
 from cvmcore.backend import Backend
 from cvmcore.backends.swprot import SWPROT, SwProt
 from cvmcore.cli import main
@@ -34,6 +35,28 @@ class ForgetsPages(SwProt):
 
 def broken() -> Backend:
     return attrs.evolve(SWPROT, name="broken", vendor="broken", make=ForgetsPages)
+
+
+class ClaimsPins(SwProt):
+    """Says that it pins pages, and has no hook that does."""
+
+    @hookimpl
+    def capabilities(self, vm_type: str, options: Any) -> Capabilities:
+        return attrs.evolve(super().capabilities(vm_type, options), needs_pin=True)
+
+
+def install(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the command line find a backend, beside those that are installed, for the time of a test."""
+
+    class Entry:
+        def load(self) -> Backend:
+            return backend
+
+    found = plugins.Found(backend.name, "test", "0", "", Entry())  # type: ignore[arg-type]
+    real = plugins.installed
+    monkeypatch.setattr(
+        plugins, "installed", lambda group: real(group) | ({backend.name: found} if group == plugins.GROUP else {})
+    )
 
 
 def test_a_broken_backend_fails() -> None:
@@ -102,7 +125,7 @@ def test_a_check_that_fails_can_be_played_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not the random calls alone: `--script` has those of any check, up to the one that failed."""
-    monkeypatch.setattr("cvmcore.plugins.load_backend", lambda name: broken())
+    install(broken(), monkeypatch)
     path = tmp_path / "failed.jsonl"
 
     assert main(["check", "broken", "-k", "content.touch", "-x", "--script", str(path)]) == 1
@@ -120,7 +143,7 @@ def test_a_check_that_fails_can_be_played_again(
 def test_a_check_without_calls_writes_no_script(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cvmcore.plugins.load_backend", lambda name: attrs.evolve(broken(), api_version=0))
+    install(attrs.evolve(broken(), make=ClaimsPins), monkeypatch)
     path = tmp_path / "failed.jsonl"
 
     assert main(["check", "broken", "-k", "declared", "--script", str(path)]) == 1
