@@ -103,6 +103,11 @@ class _BusyDrive(Lockdep):
         return self.failures.strikes(TRY_LOCK)
 
 
+def _done(result: Any) -> int:
+    """How many elements of its batch a call did."""
+    return int(result[0] if isinstance(result, tuple) else result.done)
+
+
 class FailingCall:
     """The n-th call of an operation of the trusted hardware is refused, and does nothing.
 
@@ -110,7 +115,8 @@ class FailingCall:
 
     operation: its name on the host's hardware (`"tdh_mem_page_aug"`, `"psp.df_flush"`). answer: what the hardware says
     to a call that it refuses, made from how many elements of its batch were done before, and the call's arguments.
-    elements: which arguments are selectors of the batch's elements (none: every call is one). times: so many calls in a
+    elements: which arguments are selectors of the batch's elements (none: every call is one); such a call answers with
+    something that has `done`, or with a tuple that begins with how many were done. times: so many calls in a
     row are refused.
     """
 
@@ -144,7 +150,7 @@ class FailingCall:
     def _made(self, args: tuple[Any, ...], result: Any) -> Any:
         """The result of a batch: elements behind one that failed were not called."""
         if self.elements:
-            self.seen -= count(args[self.elements[0]]) - result.done
+            self.seen -= count(args[self.elements[0]]) - _done(result)
         return result
 
     def _before(self, args: tuple[Any, ...], at: int) -> tuple[Any, ...]:
@@ -169,8 +175,8 @@ class FailingCall:
                     return failing._made(args, real(*args, **kwargs))
                 if at:
                     done = real(*failing._before(args, at), **kwargs)
-                    if done.done < at:
-                        failing.seen -= at + 1 - done.done
+                    if (n := _done(done)) < at:
+                        failing.seen -= at + 1 - n
                         return done
                 failing.on_strike()
                 return failing.answer(at, args)
@@ -181,8 +187,8 @@ class FailingCall:
                     return failing._made(args, (yield from real.steps(*args, **kwargs)))
                 if at:
                     done = yield from real.steps(*failing._before(args, at), **kwargs)
-                    if done.done < at:
-                        failing.seen -= at + 1 - done.done
+                    if (n := _done(done)) < at:
+                        failing.seen -= at + 1 - n
                         return done
                 failing.on_strike()
                 return failing.answer(at, args)

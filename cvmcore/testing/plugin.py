@@ -20,6 +20,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Marks of the tests that cvmcore makes."""
+    config.addinivalue_line("markers", "slow: takes more than a few seconds; `-m 'not slow'` leaves it out")
+
+
 def chosen(config: pytest.Config) -> list[str]:
     """The names of the backends to run with: those of `--cvm-backend`, or all that are installed."""
     from cvmcore.backend import GROUP
