@@ -347,12 +347,13 @@ class FakeMirror:
         self, vm: VmView, gfns: Sel, level: int
     ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
         table: TrustedTable = vm.arch
-        position = {block: i for i, block in enumerate((array_of(gfns) >> order_of(level)).tolist())}
-        state, frame = np.zeros(count(gfns), np.uint8), np.zeros(count(gfns), np.int64)
+        blocks = array_of(gfns) >> order_of(level)
+        state, frame = np.zeros(len(blocks), np.uint8), np.zeros(len(blocks), np.int64)
         for (at, block), (kind, number) in table.entries.items():
-            if at == level and block in position:
-                state[position[block]] = 1 if kind == "leaf" else 4 if (at, block) in table.blocked else 2
-                frame[position[block]] = number
+            if at == level:
+                asked = slice(*np.searchsorted(blocks, (block, block + 1)))
+                state[asked] = 1 if kind == "leaf" else 4 if (at, block) in table.blocked else 2
+                frame[asked] = number
         return state, frame
 
 

@@ -134,7 +134,6 @@ def test_conversions_still_wait_for_slots_lock() -> None:
 # ---- right as before ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", [SWPROT, MIRROR], ids=["swprot", "mirror"])
 def test_same_result_with_either(backend: Backend) -> None:
     """A day in the life of a VM: the same content, counts and time, with the lock order checked."""

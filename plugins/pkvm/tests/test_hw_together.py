@@ -205,7 +205,7 @@ class Everybody:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("design", LOCK_DESIGNS)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(history=st.lists(STEPS, min_size=1, max_size=20))
 def test_everybody_at_once(make_rig: Any, design: str, history: list[Any]) -> None:
     """`Hyp(checked=True)` holds every state against the table of legal combinations after each operation."""
