@@ -658,6 +658,7 @@ class Vcpu:
                 "guest_convert", count(gfns) - action.begun, vm=vm, vcpu=self, gfns=gfns, private=action.private,
                 begun=action.begun, faults=faults,
             )
+            faults = 0
             if result is None:
                 result = Exit(count(gfns))
             for vcpu in vm.vcpus:

@@ -2068,8 +2068,11 @@ class Hyp:
         if not status:
             return HvcResult(Smccc.SUCCESS, done, calls)
         if status == Errno.ENOENT and name == "guest_share_host":
-            there = take(vcpu.vm.stage2.pages, part(gfns, at, count(gfns))) & LEAF_BITS != ABSENT
-            absent = int(np.argmax(there)) if np.count_nonzero(there) else len(there)
+            # Of the page itself the walk has told, whoever may have mapped it since the locks were dropped.
+            ahead = part(gfns, at + 1, count(gfns))
+            ahead = vcpu.vm.stage2.cover(ahead, _Checks(count(ahead)))
+            there = take(vcpu.vm.stage2.pages, ahead) & LEAF_BITS != ABSENT
+            absent = 1 + (int(np.argmax(there)) if np.count_nonzero(there) else len(there))
             vcpu.faults = (part(gfns, at, at + absent), int(Walk.MISS))
             return HvcResult(Smccc.SUCCESS, done, calls + 1, at, absent)
         return HvcResult(Smccc.INVALID_PARAMETER, done, calls + 1, at)

@@ -7,20 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cvmcore.effects import drain
 from cvmcore.errors import HardwareError, UapiError
 from cvmcore.guest import GuestError, Machine, stamps_for
 from cvmcore.host import Host
-from cvmcore.pages import run
+from cvmcore.pages import part, run
 from cvmcore.runner import load_profile_for
 from cvmcore.sched import Lockdep, Timed
 from cvmcore.testing.conformance import Bench, Setting
 from cvmcore.testing.invariants import Checker
 from cvmcore.testing.player import Player
-from cvmcore.types import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, PAGE_BYTES, HostMode, HostVerdict
+from cvmcore.types import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, PAGE_BYTES, GuestException, HostMode, HostVerdict
 from cvmcore.vcpu import Convert, Shutdown, Touch
 from cvmcore_pkvm import hw
 from cvmcore_pkvm.ops import PKVM
@@ -293,8 +293,9 @@ def test_share_of_an_absent_page_faults_it_in() -> None:
 
 
 def shared_by(
-    there: set[int], conversion: str, batch: str, memlock: int, alone: bool, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Any, ...]:
+    there: set[int], before: set[int], conversion: str, batch: str, memlock: int, alone: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[Any, ...]:  # fmt: skip
     """All that a guest's loop of MEM_SHARE over 24 gfns, of a slot of 20, comes to."""
     with monkeypatch.context() as patch:
         if alone:
@@ -303,6 +304,8 @@ def shared_by(
         w = World(20, conversion=conversion, batch=batch, memlock=str(memlock))
         for gfn in sorted(there):
             w.guest.write(run(gfn, 1))
+            if gfn in before:
+                w.guest.convert(run(gfn, 1), False)
         action, leaves = Convert(run(0, 24), private=False), []
         while len(leaves) < 4 and (leave := w.machine.vcpus[0].run(action)) is not None:
             leaves.append(leave)
@@ -312,19 +315,58 @@ def shared_by(
         counts = dict(meter.counts)
         if Shutdown(errno.ENOMEM, "the fault could not be resolved") in leaves:
             counts.pop("page_clear_4k")  # the VMM's memory of pages behind the one that cannot be pinned is there, too
-        return leaves, action.done, action.begun, words, vcpu.faults, vcpu.exits, meter.ops, counts
+        return str(leaves), action.done, action.begun, words, vcpu.faults, vcpu.exits, meter.ops, counts
 
 
 @pytest.mark.parametrize("conversion", ["el2", "exit"])
-@given(there=st.sets(st.integers(0, 19), max_size=19), batch=st.sampled_from(["1", "4", "64"]), room=st.integers(0, 24))
+@given(
+    there=st.sets(st.integers(0, 19), max_size=19), before=st.sets(st.integers(0, 19), max_size=3),
+    batch=st.sampled_from(["1", "4", "64"]), room=st.integers(0, 24),
+)  # fmt: skip
+@example(there={2}, before={2}, batch="1", room=24)
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_absent_pages_are_shared_as_one_by_one(
-    monkeypatch: pytest.MonkeyPatch, conversion: str, there: set[int], batch: str, room: int
+    monkeypatch: pytest.MonkeyPatch, conversion: str, there: set[int], before: set[int], batch: str, room: int
 ) -> None:
-    """Faulted in together, also where one of them cannot be: the slot ends, or RLIMIT_MEMLOCK does."""
+    """Faulted in together, also where one of them cannot be: the slot ends, or RLIMIT_MEMLOCK does; or where a page
+    behind them is refused, as it was shared before."""
     memlock = len(there) + room
-    one_by_one = shared_by(there, conversion, batch, memlock, True, monkeypatch)
-    assert shared_by(there, conversion, batch, memlock, False, monkeypatch) == one_by_one
+    one_by_one = shared_by(there, before, conversion, batch, memlock, True, monkeypatch)
+    assert shared_by(there, before, conversion, batch, memlock, False, monkeypatch) == one_by_one
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_share_beyond_the_ipa_size_is_refused(monkeypatch: pytest.MonkeyPatch, alone: bool) -> None:
+    """Behind absent pages, too: those are shared, and KVM hears of no fault on a page that EL2 refuses."""
+    w = World(8)
+    vcpu = w.machine.vcpus[0]
+    action = Convert(np.array([3, 5, w.host.hw.end_gfn + 5]), private=False)
+    leave = vcpu.run(Convert(part(action.gfns, 0, 2), private=False)) if alone else None
+    assert leave is None
+    action.done = 2 * alone
+    leave = vcpu.run(action)
+
+    assert isinstance(leave, GuestException) and leave.gfn == w.host.hw.end_gfn + 5
+    assert action.done == vcpu.vcpu.faults == w.host.meter.counts["vm_exit"] == 2
+
+
+def test_a_page_that_another_vcpu_maps_meanwhile_is_faulted_in() -> None:
+    """The call has found the page absent; who maps it when the locks are dropped does not turn that into a refusal."""
+    w = World(8)
+    w.guest.write(run(0, 1))
+    vm = w.host.hw.vm_of(0x1000)
+    steps = w.host.hw.mem_share.steps(w.machine.vcpus[0].vcpu.arch.cpu, run(2, 2))
+    answer = None
+    while True:
+        try:
+            effect = steps.send(answer)
+        except StopIteration as stop:
+            result = stop.value
+            break
+        if effect.kind == "release":
+            vm.stage2.pages[2] = vm.stage2.pages[0]
+    vm.stage2.pages[2] = 0
+    assert (result.abort, result.at, result.absent) == (True, 0, 2)
 
 
 def test_a_kernel_that_insists_dies() -> None:
