@@ -375,11 +375,12 @@ class Vcpu:
             return 1 if access.status == Walk.UNACCEPTED else n
         return max(1, _leading(access.status != Walk.UNACCEPTED, 0, n, True))
 
-    def _before_mismatch(self, gfns: Sel, tries: Tries, small: bool = False) -> Sel:
+    def _before_mismatch(self, gfns: Sel, tries: Tries, *, small: bool = False, parts: bool = False) -> Sel:
         """The leading missing pages to fault in at once, where mending a mismatch zaps 2M from the page on.
 
         The trusted table may disagree about the first page of a block that cannot be mapped as large as the host backs
-        it, or that the guest accepts in `small` pages. One by one nothing behind that page would be mapped by then.
+        it, or that the guest accepts in `small` pages, or gives back in such, as it has `parts` of the block only. One
+        by one nothing behind that page would be mapped by then.
         """
         vm = self.vm
         if vm.host.backing_level == PG_LEVEL_4K or not vm.host.ops.has("after_fault"):
@@ -391,7 +392,8 @@ class Vcpu:
         begins = np.flatnonzero(np.diff(block, prepend=-1))
         alone = block[begins] > tries.block
         if not small:
-            alone &= slot.lpage[PG_LEVEL_2M][block[begins] - (slot.base_gfn >> order_of(PG_LEVEL_2M))] != 0
+            mixed = slot.lpage[PG_LEVEL_2M][block[begins] - (slot.base_gfn >> order_of(PG_LEVEL_2M))] != 0
+            alone &= mixed | parts & (np.diff(begins, append=len(block)) < pages_per_level(PG_LEVEL_2M))
         if not np.count_nonzero(alone):
             return gfns
         at = int(begins[np.argmax(alone)])
@@ -675,9 +677,12 @@ class Vcpu:
                 action.begun = result.begun
                 if leave is not None and start + at + 1 == stop:
                     return leave  # for the page that could not be faulted in
-                left, moved = yield from self._fault(
-                    part(gfns, at, at + pages), True, not action.private, mismatch=isinstance(result, Mismatch)
-                )
+                lost = part(gfns, at, at + pages)
+                if isinstance(result, Refault):
+                    lost = self._before_mismatch(lost, tries, parts=True)
+                    pages = count(lost)
+                mended = isinstance(result, Mismatch)
+                left, moved = yield from self._fault(lost, True, not action.private, mismatch=mended)
                 if left is not None:
                     if moved in (0, pages) or vm.dead:
                         return left

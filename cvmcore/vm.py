@@ -23,10 +23,13 @@ from cvmcore.mem.mmulock import MMU_LOCKS, drop, read, write
 from cvmcore.mem.slots import Memslot, Memslots
 from cvmcore.mem.tdp import FRAME_SHIFT, PRESENT, TABLE, WRITABLE, Root, TableCache, Tdp
 from cvmcore.pages import (
+    EMPTY,
     Sel,
     array_of,
+    contiguous,
     count,
     first,
+    last,
     part,
     pieces,
     take,
@@ -42,6 +45,7 @@ from cvmcore.types import (
     Change,
     Filter,
     Retry,
+    Walk,
     order_of,
 )
 
@@ -125,8 +129,22 @@ class Vm:
         self.memlock_pages += nr_pages
 
     def walk(self, gfns: Sel, private: bool) -> tuple[int | npt.NDArray[np.uint8], Sel, int | npt.NDArray[np.uint8]]:
-        """The CPU's walk of the root for this access: status (Walk), frames where OK, levels."""
-        return self.tdp.root_for(private).lookup(gfns, False)
+        """The CPU's walk of the root for this access: status (Walk), frames where OK, levels. Above every memslot there
+        is nothing to walk."""
+        lookup, n = self.tdp.root_for(private).lookup, count(gfns)
+        if not n or last(gfns) < self.tdp.end_gfn:
+            return lookup(gfns, False)
+        inside = int(np.count_nonzero(array_of(gfns) < self.tdp.end_gfn))
+        status, pfns, level = lookup(part(gfns, 0, inside), False) if inside else (int(Walk.MISS), EMPTY, PG_LEVEL_4K)
+        if isinstance(status, int) and status == Walk.MISS:
+            return status, pfns, level
+        states = np.full(n, Walk.MISS, np.uint8)
+        states[:inside] = status
+        frames = np.zeros(n, np.int64)
+        frames[:inside] = array_of(pfns)
+        levels = np.full(n, PG_LEVEL_4K, np.uint8)
+        levels[:inside] = level
+        return states, contiguous(frames), level if isinstance(level, int) else levels
 
     def gup_range(self, hva: int, size_bytes: int) -> list[Sel]:
         """The frames behind an hva range, faulted in, in pieces. UapiError(EFAULT) for a hole.

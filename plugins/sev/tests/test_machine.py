@@ -10,14 +10,15 @@ import pytest
 from cvmcore.errors import InvariantViolation, UapiError
 from cvmcore.guest import Machine
 from cvmcore.host import Host
-from cvmcore.pages import run
+from cvmcore.pages import array_of, run
 from cvmcore.plugins import load_backend
 from cvmcore.runner import load_profile_for
 from cvmcore.testing.invariants import check
 from cvmcore.testing.machine import run_machine, uapi_machine
-from cvmcore.types import GuestException, MapGpaRange, MemoryFault, Mmio
+from cvmcore.types import GuestException, MapGpaRange, MemoryFault, Mmio, Refault
 from cvmcore.uapi import Process
 from cvmcore.vcpu import Accept, Convert, Touch
+from cvmcore_sev import ops
 
 MIB = 1 << 20
 
@@ -203,6 +204,42 @@ def test_a_conversion_that_user_space_interrupts_goes_on_where_it_was(touched):
     assert [type(leave) for leave in leaves] == [MemoryFault, MemoryFault, MapGpaRange]
     assert rescinded == [2, 3, 6] and action.begun == 0
 
+
+
+@pytest.mark.parametrize("gfns", [run(100, 200), run(100, 700), run(0, 1024), np.arange(90, 1000, 3)], ids=str)
+@pytest.mark.parametrize("back", [False, True])
+def test_absent_pages_of_blocks_are_rescinded_as_one_by_one(monkeypatch, gfns, back):
+    """The RMP holds 2M entries, and the first small page of each takes its block down: nothing behind it is mapped."""
+
+    def counts(alone):
+        if alone:
+            monkeypatch.setattr(ops, "Refault", lambda gfn, pages, begun: Refault(gfn, pages=1, begun=begun))
+        m = machine("snp", backing="2m")
+        assert accept(m, run(0, 2, 512), level=2) is None
+        for gfn in (5, 600):
+            m.set_private(run(gfn, 1), False)  # takes the block's leaf away
+            if back:
+                m.set_private(run(gfn, 1), True)
+        vcpu = m.vcpus[0]
+        leave = vcpu.run(Convert(gfns, private=False))
+        return str(leave), vcpu.vcpu.faults, vcpu.vcpu.exits, dict(m.host.meter.counts), dict(m.host.meter.ops)
+
+    together, one_by_one = counts(False), counts(True)
+    for world in (together, one_by_one):
+        # Whole blocks are tried at 2M only where all of their pages are mapped.
+        world[3].pop("pvalidate_2m"), world[4].pop("PVALIDATE")
+    assert together == one_by_one
+
+
+@pytest.mark.parametrize("backing", ["4k", "2m"])
+@pytest.mark.parametrize("gfns", [run(2040, 16), np.array([2040, 2045, 2047, 2050]), run(2048, 4)], ids=str)
+def test_a_conversion_beyond_the_memslots_asks_user_space(backing, gfns):
+    m = machine("snp", backing=backing)
+    m.guest.write(run(2040, 4))
+    for action in (Convert(gfns, private=False), Convert(run(3000, 2), private=False)):
+        above = array_of(action.gfns)
+        beyond = int(above[above >= 2048][0])
+        assert m.vcpus[0].run(action) == MemoryFault(beyond << 12, 8, errno=errno.EFAULT)
 
 
 def test_a_guest_of_the_state_machine_asks_for_no_page_back_that_it_has():
