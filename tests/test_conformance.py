@@ -17,8 +17,9 @@ from cvmcore.cli import main
 from cvmcore.errors import UapiError
 from cvmcore.hookspecs import HOOKS, hookimpl
 from cvmcore.pages import each
-from cvmcore.testing.conformance import CHECKS, Setting, conformance, run_check, settings_of
+from cvmcore.testing.conformance import CHECKS, Bench, Setting, conformance, run_check, settings_of
 from cvmcore.testing.machine import run_machine, uapi_machine
+from cvmcore.testing.recorder import Recorder, recording
 from cvmcore.types import Capabilities, Fatal, InstallResult, Stopped
 
 test_default = conformance("default")
@@ -138,6 +139,23 @@ def test_a_check_that_fails_can_be_played_again(
     assert len(answers) == len(lines) - 1
     assert all(answer["status"] == "OK" for answer in answers)
     assert answers[-1]["op"] == "guest_read"
+
+
+@pytest.mark.parametrize("name", ["life.nothing", "life.two", "content.memslot_order", "hooks.batch"])
+def test_calls_of_several_processes_and_machines_can_be_played_again(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Addresses and descriptors are named as they were in the process at hand, though others had the same ones."""
+    recorder, one = Recorder("swprot", "4k", {}), next(check for check in CHECKS if check.name == name)
+
+    with recording(recorder):
+        one.run(Bench(SWPROT, Setting("4k")))
+
+    path = tmp_path / "calls.jsonl"
+    path.write_text("\n".join(recorder.lines), encoding="utf-8")
+    assert main(["uapi", str(path), "--backend", "swprot", "--check"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(answers) == sum(not line.startswith("#") for line in recorder.lines)
 
 
 def test_a_check_without_calls_writes_no_script(

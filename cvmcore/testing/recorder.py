@@ -37,7 +37,9 @@ class Recorder:
         self.names = 0
 
     def of(self, process: Process) -> Any:
-        """The process, recorded."""
+        """The process, recorded. Descriptors and addresses are its own: those of one before it mean nothing to it."""
+        self.fds.clear()
+        self.areas.clear()
         return _Recorded(process, self, "")
 
     def begin(self, host: Host) -> None:
