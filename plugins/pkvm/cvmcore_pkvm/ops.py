@@ -369,7 +369,12 @@ class Pkvm:
         if np.count_nonzero(held):
             stopped = yield from self._ask_for_poison(vm, vcpu.arch, batch, held)
             if stopped is not None:
-                batch, held = batch.part(0, stopped.done), held[: stopped.done]
+                if not stopped.done:
+                    return stopped
+                batch = batch.part(0, stopped.done)
+            # Others may have pinned, mapped or lost pages of the batch while EL2 was asked.
+            pins = self._record(vm, batch.gfns)
+            held = take(pins, batch.gfns)
             under_way = (held != 0) & (held != MAPPED)
             pins[where(batch.gfns, under_way)] += np.uint8(1)
             new = np.flatnonzero(held == 0)

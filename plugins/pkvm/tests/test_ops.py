@@ -296,6 +296,21 @@ def test_pins_of_faults_under_way(make_core: Any) -> None:
     assert pin() is None  # a fault that another vCPU has resolved
 
 
+def test_a_page_that_is_pinned_while_el2_is_asked_is_pinned_once(make_core: Any) -> None:
+    """Of a batch one page is mapped, so that EL2 is asked for poison; another vCPU maps the other page meanwhile."""
+    core = make_core()
+    gfns, pfns = np.array([0, 2]), np.array([100, 102])
+    assert core.fault(run(0, 1), run(100, 1)) == (1, None)
+    steps = core.ops.pin_pfn(core.vm, core.vcpu, core.batch(gfns, pfns))
+    next(steps)
+
+    assert core.fault(run(2, 1), run(102, 1)) == (1, None)
+    assert core.do(steps) is None
+
+    assert core.host.frames.pins[pfns].tolist() == [1, 1]
+    assert core.vm.memlock_left == 4096 - 2
+
+
 # ---- what the host does -------------------------------------------------------------------------------------------
 
 
