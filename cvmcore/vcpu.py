@@ -440,6 +440,11 @@ class Vcpu:
             self.faults += fault.faults
             done += fault.done
         if fault.ret not in MAPPED and fault.ret is not RetPf.RETRY:
+            if done and not vm.dead:
+                try:
+                    yield from self._enter()  # the guest goes on with the pages before
+                except UapiError as error:
+                    return Shutdown(error.errno, error.why), count(gfns)
             if fault.exit is not None:
                 return fault.exit, done
             return Shutdown(fault.errno, fault.why or "the fault could not be resolved"), done

@@ -29,6 +29,7 @@ from cvmcore.mem.tdp import TABLE
 from cvmcore.pages import Sel, array_of, part, sort_unique
 from cvmcore.runner import load_profile_for
 from cvmcore.types import PAGE_BYTES, ExitReason, Fatal, MemoryFault, Retry, Use
+from cvmcore.vcpu import Touch, Vcpu
 
 PAGES = 3 * 512 + 100
 """The last block is not whole."""
@@ -74,6 +75,20 @@ def test_a_slice_may_leave_pages_out(backend: Backend) -> None:
     machine.punch(every)
     assert guest.written[odd].tolist() == before
     assert guest.check() == []
+
+
+def test_pages_before_one_that_leaves_are_touched_from_within_the_guest(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(SWPROT, load_profile_for(SWPROT, None), nr_frames=1 << 12)
+    machine = Machine(host, 8 * PAGE_BYTES)
+    machine.launch()
+    vcpu, inside = machine.vcpus[0], []
+    real = Vcpu._content
+    monkeypatch.setattr(Vcpu, "_content", lambda me, *args: (inside.append(me.in_guest), real(me, *args))[1])
+
+    machine.set_private(slice(5, 6, 1), False)
+    assert isinstance(vcpu.run(touch := Touch(slice(0, 8, 1), write=True)), MemoryFault)
+    assert touch.done == 5 and inside and all(inside)
+    assert not vcpu.vcpu.in_guest
 
 
 # ---- the state of a machine -----------------------------------------------------------------------------------------
