@@ -108,6 +108,18 @@ def small_pages(sel: Sel) -> Sel:
     return as_sel(array_of(sel)) if isinstance(sel, slice) and sel.step not in (None, 1) else sel
 
 
+def below(sel: Sel, end: int) -> int:
+    """How many of the sorted 4K pages lie below `end`."""
+    if isinstance(sel, slice):
+        return max(0, min(count(sel), end - int(sel.start)))
+    return int(np.searchsorted(sel, end))
+
+
+def leading(holds: npt.NDArray[np.bool_]) -> int:
+    """How many of the first elements hold."""
+    return len(holds) if np.count_nonzero(holds) == len(holds) else int(np.argmin(holds))
+
+
 def contiguous(pages: npt.NDArray[Any], step: int = 1) -> Sel:
     """Pages in any order as a selector: a run if each is `step` above the one before, else the array itself."""
     n = len(pages)

@@ -29,11 +29,13 @@ from cvmcore.pages import (
     Words,
     array_of,
     as_sel,
+    below,
     contiguous,
     count,
     expand,
     first,
     last,
+    leading,
     part,
     pieces,
     shift,
@@ -291,7 +293,7 @@ class Vcpu:
         ops = vm.host.ops
         if last(gfns) >= vm.tdp.end_gfn:
             # Above every memslot there is nothing to walk.
-            n = _below(gfns, vm.tdp.end_gfn)
+            n = below(gfns, vm.tdp.end_gfn)
             if n == 0:
                 return Access(int(Walk.MISS), EMPTY), count(gfns)
             gfns = part(gfns, 0, n)
@@ -388,7 +390,7 @@ class Vcpu:
         slot = vm.slots.find(first(gfns))
         if slot is None or slot.gmem is None:
             return gfns
-        block = array_of(part(gfns, 0, _below(gfns, slot.end_gfn))) >> order_of(PG_LEVEL_2M)
+        block = array_of(part(gfns, 0, below(gfns, slot.end_gfn))) >> order_of(PG_LEVEL_2M)
         begins = np.flatnonzero(np.diff(block, prepend=-1))
         alone = block[begins] > tries.block
         if not small:
@@ -421,7 +423,10 @@ class Vcpu:
         self, gfns: Sel, write: bool, private: bool, max_level: int = PG_LEVEL_1G, *, mismatch: bool = False
     ) -> Steps[tuple[ExitReason | None, int]]:
         """Stage-2 faults on missing gfns: exit, resolve, re-enter. Returns what leaves KVM_RUN, and how many leading
-        gfns are mapped now. mismatch: of one that is mapped, the trusted table disagreed, and the backend mends it."""
+        gfns are mapped now: the guest goes on with those before one that leaves; all, where it cannot go on.
+
+        mismatch: of one that is mapped, the trusted table disagreed, and the backend mends it.
+        """
         vm = self.vm
         self.leave()
         fault: Fault = yield from resolve(vm, self, gfns, write, private, max_level=max_level)
@@ -677,23 +682,24 @@ class Vcpu:
                 return GuestException(first(gfns), "conversion refused")
             if isinstance(result, Refault | Mismatch):
                 at, start = _position(gfns, result.gfn), action.done
-                pages = result.pages if isinstance(result, Refault) else 1
-                action.done += result.n if isinstance(result, Refault) else 0
+                mismatch = isinstance(result, Mismatch)
+                n, pages = (0, 1) if isinstance(result, Mismatch) else (result.n, result.pages)
+                action.done += n
                 action.begun = result.begun
                 if leave is not None and start + at + 1 == stop:
                     return leave  # for the page that could not be faulted in
                 lost = part(gfns, at, at + pages)
-                if isinstance(result, Refault):
+                if not mismatch:
                     lost = self._before_mismatch(lost, tries, parts=True)
-                    pages = count(lost)
-                mended = isinstance(result, Mismatch)
-                left, moved = yield from self._fault(lost, True, not action.private, mismatch=mended)
+                left, moved = yield from self._fault(lost, True, not action.private, mismatch=mismatch)
+                whole = moved == count(lost)
                 if left is not None:
-                    if moved in (0, pages) or vm.dead:
+                    if whole or not moved or vm.dead:
                         return left
                     # Pages before the one that leaves are converted, as they would be one by one.
                     leave, stop = left, start + at + moved + 1
-                faults = max(0, moved - (left is not None or moved == pages))
+                # The first fault was the call that was answered; of a page that leaves, the replay will tell.
+                faults = max(0, moved - (left is not None or whole))
                 tries.again(result.gfn, not action.private, mapped=moved > 0)
                 continue
             action.begun = 0
@@ -713,13 +719,6 @@ def _hypercalls(gfns: Sel) -> int:
     return int(np.count_nonzero(gaps)) + 1
 
 
-def _below(gfns: Sel, end: int) -> int:
-    """How many of the 4K gfns lie below `end`."""
-    if isinstance(gfns, slice):
-        return max(0, min(count(gfns), end - int(gfns.start)))
-    return int(np.searchsorted(gfns, end))
-
-
 def _position(gfns: Sel, gfn: int) -> int:
     """Where a gfn of the batch stands in it."""
     return (gfn - gfns.start) // (gfns.step or 1) if isinstance(gfns, slice) else int(np.searchsorted(gfns, gfn))
@@ -729,8 +728,7 @@ def _leading(values: int | npt.NDArray[Any], start: int, n: int, wanted: int) ->
     """How many values from `start` on equal `wanted`; n where there is one value for all."""
     if isinstance(values, int):
         return n
-    differs = values[start : start + n] != wanted
-    return int(np.argmax(differs)) if np.count_nonzero(differs) else len(differs)
+    return leading(values[start : start + n] == wanted)
 
 
 def _joined(head: Sel, tail: Sel) -> Sel:

@@ -26,10 +26,10 @@ from cvmcore.pages import (
     EMPTY,
     Sel,
     array_of,
+    below,
     contiguous,
     count,
     first,
-    last,
     part,
     pieces,
     take,
@@ -131,20 +131,22 @@ class Vm:
     def walk(self, gfns: Sel, private: bool) -> tuple[int | npt.NDArray[np.uint8], Sel, int | npt.NDArray[np.uint8]]:
         """The CPU's walk of the root for this access: status (Walk), frames where OK, levels. Above every memslot there
         is nothing to walk."""
-        lookup, n = self.tdp.root_for(private).lookup, count(gfns)
-        if not n or last(gfns) < self.tdp.end_gfn:
+        lookup, n = self.tdp.root_for(private).lookup, below(gfns, self.tdp.end_gfn)
+        if n == count(gfns):
             return lookup(gfns, False)
-        inside = int(np.count_nonzero(array_of(gfns) < self.tdp.end_gfn))
-        status, pfns, level = lookup(part(gfns, 0, inside), False) if inside else (int(Walk.MISS), EMPTY, PG_LEVEL_4K)
+        status, pfns, level = lookup(part(gfns, 0, n), False) if n else (int(Walk.MISS), EMPTY, PG_LEVEL_4K)
         if isinstance(status, int) and status == Walk.MISS:
             return status, pfns, level
-        states = np.full(n, Walk.MISS, np.uint8)
-        states[:inside] = status
-        frames = np.zeros(n, np.int64)
-        frames[:inside] = array_of(pfns)
-        levels = np.full(n, PG_LEVEL_4K, np.uint8)
-        levels[:inside] = level
-        return states, contiguous(frames), level if isinstance(level, int) else levels
+
+        def padded(values: Any, rest: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+            found = np.full(count(gfns), rest, dtype)
+            found[:n] = values
+            return found
+
+        return (
+            padded(status, Walk.MISS, np.uint8), contiguous(padded(array_of(pfns), 0, np.int64)),
+            level if isinstance(level, int) else padded(level, PG_LEVEL_4K, np.uint8),
+        )  # fmt: skip
 
     def gup_range(self, hva: int, size_bytes: int) -> list[Sel]:
         """The frames behind an hva range, faulted in, in pieces. UapiError(EFAULT) for a hole.

@@ -14,6 +14,7 @@ from cvmcore.pages import (
     Sel,
     array_of,
     as_sel,
+    below,
     blocks,
     contiguous,
     count,
@@ -22,6 +23,7 @@ from cvmcore.pages import (
     grown,
     heads,
     last,
+    leading,
     part,
     pieces,
     run,
@@ -257,6 +259,19 @@ def test_small_pages_have_no_step(start: int, n: int, step: int) -> None:
     assert pages(small) == pages(sel)
     assert not isinstance(small, slice) or small.step == 1
     assert small_pages(slice(3, 7)) == slice(3, 7)
+
+
+@SOME
+@given(SETS, PAGES)
+def test_below_counts_pages_under_an_end(numbers: list[int], end: int) -> None:
+    sel = sort_unique(numbers)
+    assert below(sel, end) == sum(page < end for page in set(numbers))
+
+
+@SOME
+@given(st.lists(st.booleans(), max_size=20))
+def test_leading_counts_up_to_the_first_that_does_not_hold(holds: list[bool]) -> None:
+    assert leading(np.array(holds, bool)) == [*holds, False].index(False)
 
 
 def test_empty() -> None:

@@ -24,6 +24,7 @@ from cvmcore.pages import (
     Sel,
     all_zero,
     array_of,
+    below,
     blocks,
     contiguous,
     count,
@@ -320,7 +321,7 @@ class _Stretch:
         self.looked_up = count(self.pfns)
         if self.looked_up < count(self.heads):
             # The host had no large page any more: what it had is mapped large, the next block small.
-            n = _below(self.gfns, last(part(self.heads, 0, max(self.looked_up, 1))) + pages_per_level(self.level))
+            n = below(self.gfns, last(part(self.heads, 0, max(self.looked_up, 1))) + pages_per_level(self.level))
             self._cut(n, None)
             if self.looked_up == 0:
                 return (yield from self._again(self.gfns, PG_LEVEL_4K))
@@ -330,7 +331,7 @@ class _Stretch:
     def _until_full(self, n: int) -> int:
         """How many of n small pages to map before a table is full, all in one block; the page that fills it comes
         alone, when the guest has used those before it, and is followed by a merge."""
-        n = min(n, _below(self.gfns, (first(self.gfns) | pages_per_level(PG_LEVEL_2M) - 1) + 1))
+        n = min(n, below(self.gfns, (first(self.gfns) | pages_per_level(PG_LEVEL_2M) - 1) + 1))
         absent, mine = absent_in(self.root, first(self.gfns)), array_of(part(self.gfns, 0, n))
         if not self.counted or not 0 < count(absent) <= n or not np.isin(array_of(absent), mine).all():
             return n
@@ -432,7 +433,7 @@ class _Stretch:
             )
         done = mapped
         if self.level > PG_LEVEL_4K and mapped:
-            done = _below(self.gfns, last(part(batch.gfns, 0, mapped)) + pages_per_level(self.level))
+            done = below(self.gfns, last(part(batch.gfns, 0, mapped)) + pages_per_level(self.level))
         if ret in MAPPED and self.behind is not None:
             return attrs.evolve(self.behind, done=done, faults=mapped)
         if fatal is None:
@@ -497,13 +498,6 @@ def _frames(vm: Vm, slot: Memslot, gfns: Sel, private: bool, level: int) -> Sel:
         raise UapiError(errno.EFAULT, "kvm_gmem_get_pfn", "the slot has no guest_memfd, or its file is closed")
     index = shift(gfns, slot.to_index(gfns))
     return slot.gmem.inode.populate(index) if level == PG_LEVEL_4K else slot.gmem.inode.populate_large(index)
-
-
-def _below(gfns: Sel, end: int) -> int:
-    """How many of the 4K gfns lie below `end`."""
-    if isinstance(gfns, slice):
-        return min(count(gfns), end - int(gfns.start))
-    return int(np.searchsorted(gfns, end))
 
 
 def _map(

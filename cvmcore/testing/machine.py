@@ -37,7 +37,7 @@ from cvmcore.mem.gmem import EHWPOISON, GmemInode
 from cvmcore.mem.tdp import FRAME_SHIFT, PRESENT, TABLE
 from cvmcore.memory import SCRAMBLED
 from cvmcore.observers import FaultInjector, Log
-from cvmcore.pages import IntArray, array_of, as_sel
+from cvmcore.pages import IntArray, array_of, as_sel, leading
 from cvmcore.plugins import load_backend
 from cvmcore.runner import load_profile_for
 from cvmcore.sched import Lockdep
@@ -915,7 +915,7 @@ class UapiMachine(RuleBasedStateMachine):
 
     def _access(self, gfns: IntArray, private: bool, write: bool, vcpu: int) -> None:
         trouble = self.trouble(gfns, private, write)
-        n = int(np.argmax(trouble != 0)) if np.count_nonzero(trouble) else len(gfns)
+        n = leading(trouble == 0)
         stamps = np.arange(self.stamp + 1, self.stamp + 1 + len(gfns), dtype=np.uint32)
         self.stamp += len(gfns)
         action = Touch(as_sel(gfns), write=write, private=private, stamps=stamps)
@@ -1045,7 +1045,7 @@ class UapiMachine(RuleBasedStateMachine):
         """KVM_PRE_FAULT_MEMORY; a second call finds all of it there."""
         gfns = np.arange(run.start, run.stop)
         troubles = np.where(self.private[gfns], self.trouble(gfns, True, False), self.trouble(gfns, False, False))
-        n = int(np.argmax(troubles != 0)) if np.count_nonzero(troubles) else len(run)
+        n = leading(troubles == 0)
         expect = [0]
         if n == 0:
             expect = [errno.ENOENT if troubles[0] == MMIO else int(troubles[0])]

@@ -44,6 +44,7 @@ from cvmcore.pages import (
     first,
     grown,
     last,
+    leading,
     part,
     pieces,
     run,
@@ -2071,8 +2072,7 @@ class Hyp:
             # Of the page itself the walk has told, whoever may have mapped it since the locks were dropped.
             ahead = part(gfns, at + 1, count(gfns))
             ahead = vcpu.vm.stage2.cover(ahead, _Checks(count(ahead)))
-            there = take(vcpu.vm.stage2.pages, ahead) & LEAF_BITS != ABSENT
-            absent = 1 + (int(np.argmax(there)) if np.count_nonzero(there) else len(there))
+            absent = 1 + leading(take(vcpu.vm.stage2.pages, ahead) & LEAF_BITS == ABSENT)
             vcpu.faults = (part(gfns, at, at + absent), int(Walk.MISS))
             return HvcResult(Smccc.SUCCESS, done, calls + 1, at, absent)
         return HvcResult(Smccc.INVALID_PARAMETER, done, calls + 1, at)

@@ -26,6 +26,7 @@ from cvmcore.pages import (
     expand,
     first,
     last,
+    leading,
     part,
     run,
     take,
@@ -133,18 +134,13 @@ def _access(answer: Answer, lookup: npt.NDArray[np.uint8], pfns: Sel) -> Access:
     return Access(lookup.take(answer), pfns)
 
 
-def _leading(holds: npt.NDArray[np.bool_]) -> int:
-    """How many of the first elements hold."""
-    return len(holds) if np.count_nonzero(holds) == len(holds) else int(np.argmin(holds))
-
-
 def _before_stop(answer: Answer, n: int, small: bool = False) -> tuple[int, int]:
     """How many of n pages were rescinded before one that stops the guest, and the status that does (OK: none)."""
     codes = np.full(n, answer, np.uint8) if isinstance(answer, int) else answer
     if not np.count_nonzero(codes):
         return n, RmpStatus.OK
     stops = np.isin(codes, _RESCIND_STOPS) | (small & (codes == RmpStatus.FAIL_SIZEMISMATCH))
-    done = _leading(~stops)
+    done = leading(~stops)
     return done, int(codes[done]) if done < n else RmpStatus.OK
 
 
@@ -605,8 +601,8 @@ class AmdSev:
         if isinstance(status, int):
             mapped, missing = (n, 0) if status == Walk.OK else (0, n)
         else:
-            mapped = _leading(status == Walk.OK)
-            missing = _leading(status[mapped:] != Walk.OK)
+            mapped = leading(status == Walk.OK)
+            missing = leading(status[mapped:] != Walk.OK)
         done, stops = self._rescind_mapped(vm, part(rest, 0, mapped), part(pfns, 0, mapped))
         begun += done
         if stops:

@@ -81,8 +81,9 @@ CHUNK_BYTES = 256
 """What one MR.EXTEND measures."""
 
 _RESERVE = 1 << 24
-_CACHED_PIECE = 1 << 20
 """Address space for the 4K entries of a TD at first use (64 GiB of guest); doubled when a gfn lies beyond."""
+_CACHED_PIECE = 1 << 20
+"""Frames whose lines in caches are looked at together."""
 
 
 # ---- states ---------------------------------------------------------------------------------------------------
